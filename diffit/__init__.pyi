@@ -1,0 +1,5 @@
+from .checkpoint import load_model as load_model
+from .models.latent import DiffiT as DiffiT
+from .models.zoo import create_model as create_model
+
+__version__: str

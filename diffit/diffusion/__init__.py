@@ -1,0 +1,5 @@
+"""Floor 2: the diffusion process, guidance, noise and samplers. A model is any callable (x, t) -> prediction."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,9 @@
+from .gaussian import GaussianDiffusion as GaussianDiffusion
+from .gaussian import create_diffusion as create_diffusion
+from .guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
+from .guidance import guidance_weight as guidance_weight
+from .guidance import resolve_schedule as resolve_schedule
+from .noise import SampleNoise as SampleNoise
+from .samplers import SAMPLERS as SAMPLERS
+from .samplers import create_sampler as create_sampler
+from .schedule import space_timesteps as space_timesteps

@@ -1,0 +1,105 @@
+"""Classifier-free guidance: eps = eps_null + w(t) (eps_label - eps_null).
+
+Letters: B batch, c channels, o = c or 2c output channels, T steps of the original process, s guidance scale.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["constant", "power_cosine"]
+
+
+def resolve_schedule(schedule: str, input_size: int) -> Schedule:
+    """What `auto` means for a latent of this side: power-cosine up to 32, constant above. The choice is logged.
+
+    The published commands name no schedule: 256 pixels (side 32) used one, 512 (64) the other.
+
+    Raises:
+        ValueError: if the schedule is unknown.
+    """
+    if schedule == "auto":
+        resolved: Schedule = "power_cosine" if input_size <= 32 else "constant"
+        logging.getLogger(__name__).info("guidance schedule: %s (auto, latent side %d)", resolved, input_size)
+        return resolved
+    if schedule not in ("constant", "power_cosine"):
+        raise ValueError(f"unknown guidance schedule '{schedule}': choose auto, constant or power_cosine")
+    return schedule  # type: ignore[return-value]
+
+
+def guidance_weight(
+    t: Tensor, scale: float, schedule: Schedule, power: float = 4.0, num_timesteps: int = 1000
+) -> Tensor:
+    """w(t), float32 [B], for original timesteps t [B] in 0..T-1.
+
+    constant: s. power_cosine: 1 + (s - 1) (1 - cos(pi (1 - t/T)^power)) / 2, which rises from 1 at t = T to s at t = 0.
+    """
+    if schedule == "constant":
+        return torch.full(t.shape, scale, device=t.device)
+    remaining = 1 - t.float() / num_timesteps
+    return 1 + (scale - 1) * 0.5 * (1 - torch.cos(math.pi * remaining**power))
+
+
+class ClassifierFreeGuidance:
+    """Makes a denoiser (x, t) -> prediction out of a class-conditional model, guided towards the labels.
+
+    Args:
+        model: callable (x [2B, c, h, w], t [2B], y [2B]) -> [2B, o, h, w].
+        labels: int64 [B].
+        null_label: the label that means 'no class'.
+        scale: guidance scale s.
+        schedule: see `guidance_weight`.
+        power: exponent of power_cosine.
+        channels: how many of the c noise channels are guided, None for all. With 3 of 4, the fourth noise channel and
+            all variance channels come from the labelled half as they are: inherited from DiT, and what the published
+            numbers were made with.
+        interval: (first, last) original timesteps between which guidance acts, inclusive; elsewhere w = 1.
+        num_timesteps: T of the original process.
+
+    Raises:
+        ValueError: if the schedule is unknown, or channels is less than 1.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor, Tensor], Tensor],
+        labels: Tensor,
+        null_label: int,
+        scale: float,
+        schedule: Schedule = "power_cosine",
+        power: float = 4.0,
+        channels: int | None = 3,
+        interval: tuple[int, int] | None = None,
+        num_timesteps: int = 1000,
+    ) -> None:
+        if schedule not in ("constant", "power_cosine"):
+            raise ValueError(f"unknown guidance schedule '{schedule}': choose constant or power_cosine")
+        if channels is not None and channels < 1:
+            raise ValueError(f"guidance channels must be at least 1 or all, not {channels}")
+        self.model = model
+        self.labels = torch.cat([labels, torch.full_like(labels, null_label)])  # [2B]
+        self.scale, self.schedule, self.power = scale, schedule, power
+        self.channels = channels
+        self.interval = interval
+        self.num_timesteps = num_timesteps
+
+    def weight(self, t: Tensor) -> Tensor:
+        """w(t), float32 [B]."""
+        w = guidance_weight(t, self.scale, self.schedule, self.power, self.num_timesteps)
+        if self.interval is not None:
+            first, last = self.interval
+            w = torch.where((t >= first) & (t <= last), w, 1.0)
+        return w
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: [B, c, h, w]; t: [B] original timesteps. Returns the labelled half, guided, in float32: [B, o, h, w]."""
+        output = self.model(torch.cat([x, x]), torch.cat([t, t]), self.labels).float()  # [2B, o, h, w]
+        labelled, null = output.chunk(2)
+        guided = x.shape[1] if self.channels is None else min(self.channels, x.shape[1])
+        w = self.weight(t).view(-1, 1, 1, 1)
+        eps = null[:, :guided] + w * (labelled[:, :guided] - null[:, :guided])
+        return torch.cat([eps, labelled[:, guided:]], dim=1)  # [B, o, h, w]

@@ -1,0 +1,61 @@
+"""Randomness that belongs to a sample: label, start and the noise of every step depend on (seed, i) alone.
+
+Batch size, number of processes, device and interruptions therefore do not change a sample.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LABEL, _START, _STEP = range(3)
+
+
+def sample_generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    """The generator of one purpose (stream) of sample `index`.
+
+    Philox is keyed by 128 bits, here the seed and the index: no two samples can share a stream, as they would with
+    torch's CPU generator, which keeps only 32 bits of its seed (50,000 samples collide with probability 1/4).
+    """
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=[0, 0, 0, stream]))
+
+
+class SampleNoise:
+    """All random numbers of a batch of samples, drawn on the CPU in float32.
+
+    Args:
+        seed: of the whole set, 0 <= seed < 2^64.
+        indices: numbers i of the samples of this batch.
+        shape: (c, h, w) of one sample.
+        device: where the noise goes.
+
+    Calling it gives the noise of the next step, [B, c, h, w].
+    """
+
+    def __init__(
+        self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> None:
+        self.seed, self.indices, self.shape, self.device = seed, indices, shape, torch.device(device)
+        self._steps = [sample_generator(seed, i, _STEP) for i in indices]
+
+    def labels(self, num_classes: int) -> Tensor:
+        """One uniformly drawn label per sample, int64 [B]."""
+        drawn = [int(sample_generator(self.seed, i, _LABEL).integers(num_classes)) for i in self.indices]
+        return torch.tensor(drawn, device=self.device)
+
+    def start(self) -> Tensor:
+        """The state at t = T, [B, c, h, w]."""
+        return self._normal([sample_generator(self.seed, i, _START) for i in self.indices])
+
+    def __call__(self) -> Tensor:
+        return self._normal(self._steps)
+
+    def _normal(self, generators: list[np.random.Generator]) -> Tensor:
+        noise = np.empty((len(generators), *self.shape), np.float32)
+        for generator, out in zip(generators, noise, strict=True):
+            generator.standard_normal(out=out, dtype=np.float32)
+        tensor = torch.from_numpy(noise)
+        if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)

@@ -1,0 +1,91 @@
+"""Noise schedules and the respacing of timesteps, in float64 and plain NumPy."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+def named_betas(schedule: str, num_timesteps: int) -> FloatArray:
+    """Betas of the forward process, float64 [T].
+
+    linear: from 1e-4 to 0.02 at T = 1000, scaled by 1000/T otherwise (Ho et al. 2020);
+    squaredcos_cap_v2: from alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi/2), capped at 0.999 (Nichol & Dhariwal 2021).
+
+    Raises:
+        ValueError: if the schedule is unknown or T is not positive.
+    """
+    if num_timesteps < 1:
+        raise ValueError(f"diffusion_steps must be at least 1, not {num_timesteps}")
+    if schedule == "linear":
+        scale = 1000 / num_timesteps
+        return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
+    if schedule == "squaredcos_cap_v2":
+
+        def alpha_bar(u: float) -> float:
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        steps = range(num_timesteps)
+        return np.array(
+            [min(1 - alpha_bar((i + 1) / num_timesteps) / alpha_bar(i / num_timesteps), 0.999) for i in steps]
+        )
+    raise ValueError(f"unknown noise schedule '{schedule}': choose linear or squaredcos_cap_v2")
+
+
+def space_timesteps(num_timesteps: int, timestep_respacing: str | int) -> list[int]:
+    """The timesteps of the original process that a respaced one keeps, ascending.
+
+    timestep_respacing: "" keeps all; "250" takes 250 evenly strided; "10,15,20" takes as many from each of three equal
+    sections; "ddim50" takes 50 with a fixed integer stride.
+
+    Raises:
+        ValueError: if the text cannot be read or asks for more steps than there are.
+    """
+    text = str(timestep_respacing).strip()
+    if not text:
+        return list(range(num_timesteps))
+    try:
+        if text.startswith("ddim"):
+            return _integer_stride(num_timesteps, int(text[len("ddim") :]))
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"cannot take '{text}' of {num_timesteps} steps: write a number of steps such as 250, steps per section "
+            'such as "10,15,20", or a fixed integer stride such as "ddim50"'
+        ) from None
+    return _even_sections(num_timesteps, counts)
+
+
+def _integer_stride(num_timesteps: int, count: int) -> list[int]:
+    for stride in range(1, num_timesteps + 1):
+        steps = range(0, num_timesteps, stride)
+        if len(steps) == count:
+            return list(steps)
+    raise ValueError("no integer stride gives that count")
+
+
+def _even_sections(num_timesteps: int, counts: list[int]) -> list[int]:
+    base, extra = divmod(num_timesteps, len(counts))
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        size = base + (section < extra)
+        if not 1 <= count <= size:
+            raise ValueError(f"cannot take {count} steps out of a section of {size} timesteps")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # The running sum, rather than i * stride, is what the published tables were made with: it rounds alike.
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return kept
+
+
+def respaced_betas(betas: FloatArray, kept: list[int]) -> FloatArray:
+    """Betas of the process that visits only the kept timesteps, so that its alpha-bars are theirs."""
+    alphas_cumprod = np.cumprod(1 - betas)[kept]
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    return 1 - alphas_cumprod / previous

@@ -1,0 +1,1 @@
+"""Floor 1: the networks, and the zoo that names them."""

@@ -1,0 +1,65 @@
+"""Time-dependent multi-head self-attention (TMSA), the idea of DiffiT.
+
+Letters: B batch, W windows per image, w side of a window, N = w*w tokens of a window,
+C channels, E channels of the conditioning token, H heads, D = C/H.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def relative_position_bias(table: Tensor, window_size: int) -> Tensor:
+    """Spread the learned table over all pairs of positions of a window: the B of Eq. 6.
+
+    table: [(2w-1)^2, H], one row per offset (row offset major). Returns [H, N, N], where entry (i, j) is the row of
+    the offset position_i - position_j. It is a sliding window over the table laid out as an image, so no index
+    tensor is needed: view[y_i, x_i, a, b] = grid[y_i + a, x_i + b], read at a = w-1 - y_j and b = w-1 - x_j.
+    """
+    w, heads = window_size, table.shape[1]
+    grid = table.T.reshape(heads, 2 * w - 1, 2 * w - 1)  # [H, 2w-1, 2w-1]
+    view = grid.unfold(1, w, 1).unfold(2, w, 1)  # [H, w, w, w, w]
+    return view.flip(-2, -1).reshape(heads, w * w, w * w)  # [H, N, N]
+
+
+def relative_position_index(window_size: int) -> Tensor:
+    """The int64 [N, N] index that Swin-style files store: `table[index]` is what `relative_position_bias` spreads."""
+    rows = torch.arange((2 * window_size - 1) ** 2)[:, None]  # [(2w-1)^2, 1]
+    return relative_position_bias(rows, window_size)[0]  # [N, N]
+
+
+class TMSA(nn.Module):
+    """Self-attention within windows, whose queries, keys and values also depend on a conditioning token (Eq. 3-6).
+
+    The latent model has one window, the whole grid (W = 1); the image-space model has many.
+
+    Args:
+        dim: channels C of the spatial tokens.
+        num_heads: heads H; must divide C.
+        window_size: side w of the (square) window.
+        cond_dim: channels E of the conditioning token; C by default.
+
+    Raises:
+        ValueError: if num_heads does not divide dim.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, cond_dim: int | None = None) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden size {dim} is not divisible by {num_heads} heads")
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv_temb = nn.Linear(dim if cond_dim is None else cond_dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C]."""
+        B, W, N, C = x.shape
+        qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # Eq. 3-5: [B, W, N, 3C]
+        q, k, v = qkv.view(B * W, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B*W, H, N, D]
+        bias = relative_position_bias(self.relative_position_bias_table, self.window_size)  # [H, N, N]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])  # Eq. 6: [B*W, H, N, D]
+        return self.proj(out.transpose(1, 2).reshape(B, W, N, C))  # [B, W, N, C]

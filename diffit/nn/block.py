@@ -1,0 +1,29 @@
+"""The DiffiT transformer block. Letters: B batch, W windows, N tokens of a window, C channels, E of the condition."""
+
+from functools import partial
+
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from diffit.nn.attention import TMSA
+
+
+class DiffiTBlock(nn.Module):
+    """TMSA, then an MLP, each behind a LayerNorm without affine parameters and with a residual (Eq. 7-8).
+
+    There is no adaLN: time and class enter through the attention alone.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, mlp_ratio: float = 4.0, cond_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = TMSA(dim, num_heads, window_size, cond_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C]."""
+        x = x + self.attn(self.norm1(x), cond)  # Eq. 7
+        return x + self.mlp(self.norm2(x))  # Eq. 8

@@ -1,0 +1,70 @@
+"""Guidance against golden numbers and its closed form."""
+
+import pytest
+import torch
+
+from diffit.diffusion import ClassifierFreeGuidance, create_diffusion, guidance_weight, resolve_schedule
+from diffit.diffusion.samplers import ddim_sampler
+from diffit.diffusion.settings import SamplingConfig
+from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", ["power_cosine", "constant"])
+@pytest.mark.parametrize("t", [950, 321, 10])
+@torch.no_grad()
+def test_guided_prediction(golden_latent, name, schedule, t):
+    model = golden_network(golden_latent, name)
+    x, labels, out = golden_tensors(golden_latent, name, "x", "y_cfg", f"cfg_{schedule}_t{t}")
+    guided = ClassifierFreeGuidance(model, labels[:2], model.num_classes, 4.4, schedule)(x[:2], torch.full((2,), t))
+    assert relative_error(guided, out[:2]) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("tiny_a", "power_cosine"), ("tiny_b", "constant")])
+@torch.no_grad()
+def test_guided_trajectory(golden_latent, name, schedule):
+    model = golden_network(golden_latent, name)
+    z, labels, sample = golden_tensors(golden_latent, name, "ddim10_z", "ddim10_y", "ddim10_cfg4.4_sample")
+    guided = ClassifierFreeGuidance(model, labels, model.num_classes, 4.4, schedule)
+    states = list(ddim_sampler(create_diffusion("10"), SamplingConfig())(guided, z, lambda: z))
+    assert [state.step for state in states] == list(range(1, 11))
+    assert relative_error(states[-1].x, sample) < 1e-5
+
+
+def linear_model(x, t, y):
+    """Eight output channels that tell label and channel apart."""
+    ramp = torch.arange(8.0).view(1, 8, 1, 1) + 1
+    return ramp * (y.view(-1, 1, 1, 1) + 1.0) * torch.ones_like(x[:, :1])
+
+
+@pytest.mark.parametrize(("channels", "guided"), [(3, 3), (1, 1), (None, 4), (4, 4), (9, 4)])
+def test_channels(channels, guided):
+    x, t = torch.zeros(2, 4, 2, 2), torch.tensor([0, 999])
+    labels, null = torch.tensor([3, 5]), 9
+    out = ClassifierFreeGuidance(linear_model, labels, null, 2.0, "constant", channels=channels)(x, t)
+    labelled, empty = linear_model(x, t, labels), linear_model(x, t, torch.full((2,), null))
+    torch.testing.assert_close(out[:, :guided], (empty + 2 * (labelled - empty))[:, :guided])
+    torch.testing.assert_close(out[:, guided:], labelled[:, guided:])
+
+
+def test_interval_turns_guidance_off_outside():
+    x, t = torch.zeros(4, 4, 2, 2), torch.tensor([99, 100, 200, 201])
+    labels = torch.tensor([0, 1, 2, 3])
+    cfg = ClassifierFreeGuidance(linear_model, labels, 9, 3.0, "constant", interval=(100, 200))
+    assert cfg.weight(t).tolist() == [1, 3, 3, 1]
+    torch.testing.assert_close(cfg(x, t)[[0, 3]], linear_model(x, t, labels)[[0, 3]])
+
+
+def test_power_cosine_ends():
+    w = guidance_weight(torch.tensor([0, 999]), 4.4, "power_cosine")
+    torch.testing.assert_close(w, torch.tensor([4.4, 1.0]))
+    halfway = torch.tensor([1000 * (1 - 0.5**0.25)])  # where (1 - t/T)^4 = 1/2, w is in the middle
+    torch.testing.assert_close(guidance_weight(halfway, 5.0, "power_cosine"), torch.tensor([3.0]))
+
+
+def test_auto_schedule():
+    assert resolve_schedule("auto", 32) == "power_cosine"
+    assert resolve_schedule("auto", 64) == "constant"
+    assert resolve_schedule("constant", 32) == "constant"
+    with pytest.raises(ValueError, match="linear"):
+        resolve_schedule("linear", 32)
