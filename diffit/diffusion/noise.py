@@ -12,8 +12,8 @@ from torch import Tensor
 _LABEL, _START, _STEP = range(3)
 
 
-def sample_generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """The generator of one purpose (stream) of sample `index`.
+def keyed_generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    """The generator of one purpose (stream, below 2^64) of sample or step `index`.
 
     Philox is keyed by 128 bits, here the seed and the index: no two samples can share a stream, as they would with
     torch's CPU generator, which keeps only 32 bits of its seed (50,000 samples collide with probability 1/4).
@@ -37,16 +37,16 @@ class SampleNoise:
         self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> None:
         self.seed, self.indices, self.shape, self.device = seed, indices, shape, torch.device(device)
-        self._steps = [sample_generator(seed, i, _STEP) for i in indices]
+        self._steps = [keyed_generator(seed, i, _STEP) for i in indices]
 
     def labels(self, num_classes: int) -> Tensor:
         """One uniformly drawn label per sample, int64 [B]."""
-        drawn = [int(sample_generator(self.seed, i, _LABEL).integers(num_classes)) for i in self.indices]
+        drawn = [int(keyed_generator(self.seed, i, _LABEL).integers(num_classes)) for i in self.indices]
         return torch.tensor(drawn, device=self.device)
 
     def start(self) -> Tensor:
         """The state at t = T, [B, c, h, w]."""
-        return self._normal([sample_generator(self.seed, i, _START) for i in self.indices])
+        return self._normal([keyed_generator(self.seed, i, _START) for i in self.indices])
 
     def __call__(self) -> Tensor:
         return self._normal(self._steps)

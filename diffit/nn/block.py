@@ -1,11 +1,16 @@
 """The DiffiT transformer block. Letters: B batch, W windows, N tokens of a window, C channels, E of the condition."""
 
-from functools import partial
-
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from diffit.nn.attention import TMSA
+
+
+class TanhGELU(nn.GELU):
+    """GELU in its tanh approximation, constructible as timm's Mlp constructs its activation."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
 
 
 class DiffiTBlock(nn.Module):
@@ -21,7 +26,7 @@ class DiffiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = TMSA(dim, num_heads, window_size, cond_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=TanhGELU)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C]."""

@@ -44,7 +44,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """t: [B] timesteps on the original scale. Returns [B, C]."""
         features = sinusoidal_embedding(t, self.num_features)  # [B, F]
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # [B, C]
+        return self.mlp(features)  # [B, C]
 
 
 class LabelEmbedder(nn.Module):

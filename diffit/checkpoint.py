@@ -1,0 +1,349 @@
+"""Checkpoints that say what they are: safetensors whose metadata hold the config of the model and how to sample it.
+
+A checkpoint is named by a bundled name ("Diffit-Fashion"), a file, or the released weights on the Hub ("Diffit").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffit.codec import CodecConfig
+from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig
+from diffit.models.zoo import ZOO, DiffiTConfig, build_model, model_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BUNDLED = {"Diffit-Fashion": Path(__file__).parent / "bundled" / "diffit_fashion.safetensors"}
+HUB_REPOSITORY = "nvidia/DiffiT"
+_METADATA_KEY = "diffit"
+_INDEX = "relative_position_index"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a checkpoint says about itself: the model, the process it was trained for, how best to sample it."""
+
+    model: str
+    network: DiffiTConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    class_names: tuple[str, ...] = ()
+    made_by: str = ""  # the recipe and how far it was followed
+
+    @property
+    def image_size(self) -> int:
+        return self.network.input_size * self.codec.factor
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckpointConfig:
+        """The inverse of to_json. Raises TypeError or KeyError if the text is not of this version."""
+        tree = json.loads(text)
+        guidance = tree["guidance"]
+        guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
+        return cls(
+            model=tree["model"],
+            network=DiffiTConfig(**tree["network"]),
+            diffusion=DiffusionConfig(**tree["diffusion"]),
+            sampling=SamplingConfig(**tree["sampling"]),
+            guidance=GuidanceConfig(**guidance),
+            codec=CodecConfig(**tree["codec"]),
+            class_names=tuple(tree["class_names"]),
+            made_by=tree["made_by"],
+        )
+
+
+# The published settings of the released weights: image size -> file and guidance.
+RELEASED: dict[int, tuple[str, GuidanceConfig]] = {
+    256: ("diffit_256.safetensors", GuidanceConfig(scale=4.4, schedule="power_cosine")),
+    512: ("diffit_512.safetensors", GuidanceConfig(scale=1.49, schedule="constant")),
+}
+
+
+def untold_config(model: str, image_size: int | None) -> CheckpointConfig:
+    """The config of weights that say nothing of themselves, from the model's name and the image size.
+
+    Raises:
+        ValueError: if the model is unknown.
+    """
+    network = model_config(model)
+    factor = CodecConfig().factor
+    if image_size is not None:
+        network = replace(network, input_size=image_size // factor)
+    _, guidance = RELEASED.get(network.input_size * factor, ("", GuidanceConfig()))
+    return CheckpointConfig(model, network, guidance=guidance if model == "Diffit" else GuidanceConfig())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from: a file that exists, or one of the released files, to be downloaded when loaded."""
+
+    path: Path | None
+    hub_file: str | None = None
+
+    def fetch(self) -> Path:
+        """The file, downloaded once if it is on the Hub.
+
+        Raises:
+            ValueError: if the Hub cannot be reached and the file was not downloaded before.
+        """
+        return self.path or _download(HUB_REPOSITORY, self.hub_file or "")
+
+    def __str__(self) -> str:
+        return str(self.path or f"{HUB_REPOSITORY}/{self.hub_file}")
+
+
+def find_checkpoint(
+    model: str | None = None, path: str | Path | None = None, image_size: int | None = None
+) -> tuple[Source, CheckpointConfig]:
+    """Where the weights are and what they are, without loading them.
+
+    Args:
+        model: a name of the zoo; needed where a file says nothing of itself.
+        path: a .safetensors or .pt file, or a Hub file "owner/repository/file"; without it the model's bundled or
+            released weights are meant.
+        image_size: side of the images, in pixels; by default the checkpoint's own.
+
+    Raises:
+        ValueError: in one sentence, if anything does not exist or does not fit together.
+    """
+    if model is not None:
+        model_config(model)  # refuses an unknown name
+    if path is None:
+        source, config = _named(model or "Diffit-Fashion", image_size)
+    else:
+        source = _given(str(path))
+        config = _told(source.path) or _assumed(source, model, image_size)
+    if model is not None and config.model != model:
+        raise ValueError(f"{source} holds {config.model}, not {model}: drop --model, or give another file")
+    if image_size is not None and config.image_size != image_size:
+        raise ValueError(
+            f"{source} makes images of {config.image_size}x{config.image_size}, not {image_size}x{image_size}: "
+            "drop --image_size, or give weights trained at that size"
+        )
+    return source, config
+
+
+def _named(model: str, image_size: int | None) -> tuple[Source, CheckpointConfig]:
+    if model in BUNDLED:
+        source = Source(BUNDLED[model])
+        config = _told(source.path)
+        if config is None:
+            raise ValueError(f"{source} is missing or damaged: install diffit again")
+        return source, config
+    if model != "Diffit":
+        raise ValueError(f"no weights were released for {model}: give yours with --model_path")
+    if image_size not in (None, *RELEASED):
+        raise ValueError(f"no weights were released for {image_size}x{image_size}: choose 256 or 512")
+    size = image_size or 256
+    return Source(None, RELEASED[size][0]), untold_config(model, size)
+
+
+def _given(path: str) -> Source:
+    file = Path(path).expanduser()
+    if file.is_file():
+        return Source(file)
+    if path.count("/") == 2 and not file.parent.is_dir() and file.suffix == ".safetensors" and not file.is_absolute():
+        owner, repository, name = path.split("/")
+        return Source(_download(f"{owner}/{repository}", name))
+    hint = "it is a folder; name the file in it" if file.is_dir() else "check the path"
+    raise ValueError(f"there is no checkpoint file {path}: {hint}, or leave --model_path out for the released weights")
+
+
+def _assumed(source: Source, model: str | None, image_size: int | None) -> CheckpointConfig:
+    if model is None:
+        raise ValueError(f"{source} does not say which model it holds: name it with --model, one of {', '.join(ZOO)}")
+    return untold_config(model, image_size)
+
+
+def _told(path: Path | None) -> CheckpointConfig | None:
+    """The config in a file's metadata; None if it is not safetensors or carries none.
+
+    Raises:
+        ValueError: if the file is damaged, or of another version.
+    """
+    if path is None or path.suffix != ".safetensors" or not path.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): copy or download it again") from error
+    if _METADATA_KEY not in metadata:
+        return None
+    try:
+        return CheckpointConfig.from_json(metadata[_METADATA_KEY])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} was written by another version of diffit ({error}): update diffit") from error
+
+
+def _download(repository: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"cannot reach the Hub for {repository}/{name}: check the network, or download the file elsewhere and "
+            "name it with --model_path"
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"the Hub did not give {repository}/{name} ({str(error).strip().splitlines()[0]}): check the name, or "
+            "download the file elsewhere and name it with --model_path"
+        ) from error
+
+
+def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
+    """The network of a config with the weights of a file, float32, in eval mode.
+
+    Raises:
+        ValueError: in one sentence, if the file is damaged or its tensors are not those of the network.
+    """
+    import torch
+
+    state = _read(path)
+    with torch.device("meta"):
+        model = build_model(config.network)
+    index = {name: state.pop(name) for name in list(state) if name.endswith(_INDEX)}
+    _check_fit(
+        path, {k: v.shape for k, v in state.items()}, {k: v.shape for k, v in model.state_dict().items()}, config
+    )
+    _check_index(path, index, config.network.input_size // config.network.patch_size)
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    # The position embedding is a parameter that does not train, and assigning made it anew.
+    model.pos_embed.requires_grad_(False)
+    return model.eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, or of a .pt file that holds nothing but tensors."""
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a plain file of weights (loading it could run code, so it is refused): "
+            "save its state dict with torch.save, or as safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or incomplete: copy or download it again") from error
+    for key in ("ema", "model", "state_dict"):  # where training scripts commonly put the weights
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: save the model's state_dict() there")
+    return state
+
+
+def _check_fit(path: Path, found: dict[str, Any], expected: dict[str, Any], config: CheckpointConfig) -> None:
+    tokens = found.get("pos_embed", (0, 0))[1]
+    side = round(tokens**0.5) * config.network.patch_size
+    if tokens and side != config.network.input_size:
+        size = side * config.codec.factor
+        raise ValueError(
+            f"{path} was trained for {size}x{size} images, not {config.image_size}x{config.image_size}: "
+            f"add --image_size {size}, or give another file"
+        )
+    wrong = [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is not part of it" for name in found if name not in expected),
+        *(
+            f"{name} is {list(found[name])} instead of {list(expected[name])}"
+            for name in expected
+            if name in found and found[name] != expected[name]
+        ),
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"{path} does not hold a {config.model}: {wrong[0]}{more}; check --model and --image_size")
+
+
+def _check_index(path: Path, index: dict[str, Tensor], window_size: int) -> None:
+    """The released files carry the Swin index in every block. It is derived data: it must agree, and is not kept."""
+    import torch
+
+    from diffit.nn.attention import relative_position_index
+
+    expected = relative_position_index(window_size) if index else None
+    for name, value in index.items():
+        if expected is None or not torch.equal(value, expected):
+            raise ValueError(f"{path} orders its relative positions differently ({name}): it is not a DiffiT file")
+
+
+def load_model(path_or_name: str | Path, image_size: int | None = None) -> tuple[nn.Module, CheckpointConfig]:
+    """A network with its weights, in eval mode, and what its checkpoint says about it.
+
+    Args:
+        path_or_name: a bundled name ("Diffit-Fashion"), "Diffit" or "nvidia/DiffiT" for the released weights, a
+            .safetensors file that says what it holds, or a Hub file "owner/repository/file.safetensors".
+        image_size: 256 (default) or 512, for the released weights.
+
+    Raises:
+        ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
+    """
+    name = str(path_or_name)
+    if name == HUB_REPOSITORY:
+        name = "Diffit"
+    if name.startswith(f"{HUB_REPOSITORY}/"):
+        size = next((size for size, (file, _) in RELEASED.items() if name.endswith(file)), None)
+        source, config = find_checkpoint("Diffit", image_size=size or image_size)
+    elif name in ZOO:
+        source, config = find_checkpoint(name, image_size=image_size)
+    else:
+        size_in_name = re.search(r"diffit_(256|512)", Path(name).name)
+        untold = _told(Path(name)) is None
+        model = "Diffit" if untold and size_in_name else None
+        size = int(size_in_name[1]) if model and size_in_name else image_size
+        source, config = find_checkpoint(model, name, size)
+    return load_weights(source.fetch(), config), config
+
+
+def save_checkpoint(path: Path, state: dict[str, Tensor], config: CheckpointConfig) -> None:
+    """Write weights and config as one safetensors file, under a temporary name first.
+
+    Raises:
+        OSError: if the file cannot be written; an older one of that name is then intact.
+    """
+    from safetensors.torch import save
+
+    content = save({k: v.contiguous() for k, v in state.items()}, {"format": "pt", _METADATA_KEY: config.to_json()})
+    write_atomically(path, content)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it, rename it: it is whole, or it is not there.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

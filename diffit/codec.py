@@ -1,0 +1,106 @@
+"""Between images and what the network sees: a VAE's latents, or the pixels themselves. Only this file knows the VAE.
+
+Letters: B batch, c latent channels, h = w latent side, C image channels, H = W image side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BUNDLED_VAES = {"Diffit-Fashion-VAE": Path(__file__).parent / "bundled" / "diffit_fashion_vae"}
+STABILITY_VAE = "stabilityai/sd-vae-ft-{}"
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """How images become what the network sees.
+
+    Args:
+        vae: an AutoencoderKL of diffusers: a bundled name, a folder, or a Hub id.
+        factor: image side over latent side.
+    """
+
+    vae: str = STABILITY_VAE.format("ema")
+    factor: int = 8
+
+
+class VAECodec:
+    """Images <-> latents of zero mean and unit deviation, as the VAE's own config defines them.
+
+    latents = (z - latents_mean) / latents_std * scaling_factor, the convention of diffusers; Stable Diffusion's VAEs
+    have no mean and deviation and the factor 0.18215.
+
+    Args:
+        config: which VAE.
+        device: where it runs.
+
+    Raises:
+        ValueError: if the VAE cannot be found or loaded.
+    """
+
+    def __init__(self, config: CodecConfig, device: torch.device) -> None:
+        import torch
+
+        self.vae = _load_vae(config.vae).eval().requires_grad_(False).to(device)
+        self.latent_channels: int = self.vae.config.latent_channels
+        self.image_channels: int = self.vae.config.out_channels
+        mean = self.vae.config.latents_mean or [0.0] * self.latent_channels
+        std = self.vae.config.latents_std or [1.0] * self.latent_channels
+        scale = self.vae.config.scaling_factor
+        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self._scale = (scale / torch.tensor(std, device=device)).view(1, -1, 1, 1)
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """images: uint8 [B, H, W, C]. Returns mean and log variance of the VAE's posterior, float32 [B, 2c, h, w]."""
+        x = images.to(self._mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, C, H, W]
+        return self.vae.encode(x).latent_dist.parameters
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A draw from the posterior, normalised. moments: [B, 2c, h, w]; noise: [B, c, h, w]. Returns [B, c, h, w]."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        z = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        return (z - self._mean) * self._scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: [B, c, h, w]. Returns uint8 images [B, H, W, C]."""
+        x = self.vae.decode(latents / self._scale + self._mean).sample  # [B, C, H, W]
+        return to_uint8(x)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; truncated, not rounded, as the published samples were."""
+    import torch
+
+    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _load_vae(reference: str):  # type: ignore[no-untyped-def]
+    from diffusers import AutoencoderKL
+
+    path = BUNDLED_VAES.get(reference, Path(reference))
+    source = str(path) if path.is_dir() else reference
+    if not path.is_dir() and reference.count("/") != 1:
+        raise ValueError(
+            f"there is no VAE '{reference}': give the folder of a diffusers AutoencoderKL, a Hub id such as "
+            f"{STABILITY_VAE.format('ema')}, or one of {', '.join(BUNDLED_VAES)}"
+        )
+    try:
+        # The small memory saving of low_cpu_mem_usage needs one more package.
+        return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+    except (OSError, ValueError) as error:
+        hint = (
+            "check that the folder holds config.json and intact weights of a diffusers AutoencoderKL"
+            if path.is_dir()
+            else "check the network, or give --vae the folder of a copy"
+        )
+        raise ValueError(f"cannot load the VAE '{reference}' ({_first_line(error)}): {hint}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]

@@ -1,0 +1,138 @@
+"""The configuration of train.py. Precedence, weak to strong: defaults, --config, flags."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from diffit.checkpoint import CheckpointConfig
+from diffit.codec import CodecConfig
+from diffit.config.parser import Device, Precision, build_parser, config_first, fail, parse
+from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig
+from diffit.models.zoo import model_config
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training images.
+
+    Args:
+        name: the data set.
+        path: the folder of its files; by default an installed copy, or else it is downloaded to data/.
+    """
+
+    name: Literal["fashion_mnist"] = "fashion_mnist"
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay of the moments.
+        weight_decay: decoupled weight decay.
+        warmup: steps over which the rate rises from zero.
+        schedule: constant, or a cosine from lr to zero over the run.
+        grad_clip: largest gradient norm; 0 does not clip.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    grad_clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What train.py does.
+
+    Args:
+        model: a size of the zoo.
+        network: fields of the network's config to replace, such as {depth: 30}.
+        run_dir: folder of checkpoints and logs; the same command again resumes from its newest checkpoint.
+        steps: optimizer steps of the whole run.
+        batch_size: images of a step, over all processes.
+        seed: of initialisation, order of images, timesteps, noise and dropped labels.
+        ema_decay: of the averaged weights, which are sampled from.
+        device: where to run; auto takes a GPU if there is one.
+        precision: of the network in the forward and backward pass; weights stay in fp32.
+        compile: compile the network with torch.compile.
+        log_every: steps between log lines.
+        save_every: steps between checkpoints.
+        keep: how many of the newest checkpoints stay.
+        sampling: what the checkpoint recommends to sample.py.
+        guidance: what the checkpoint recommends to sample.py.
+        codec: the VAE.
+        dry_run: print the resolved config and stop.
+    """
+
+    model: str = "Diffit"
+    network: dict[str, int | float | bool] = field(default_factory=dict)
+    run_dir: str = "runs/train"
+    steps: int = 400_000
+    batch_size: int = 256
+    seed: int = 0
+    ema_decay: float = 0.9999
+    device: Device = "auto"
+    precision: Precision = "tf32"
+    compile: bool = False
+    log_every: int = 100
+    save_every: int = 5000
+    keep: int = 2
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    dry_run: bool = False
+
+    def checkpoint_config(self, class_names: tuple[str, ...], made_by: str) -> CheckpointConfig:
+        """What a checkpoint of this run says about itself."""
+        network = replace(model_config(self.model, **self.network), learn_sigma=self.diffusion.learn_sigma)
+        return CheckpointConfig(
+            self.model, network, self.diffusion, self.sampling, self.guidance, self.codec, class_names, made_by
+        )
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """A resolved command line of train.py, and the recipe that it followed."""
+
+    config: TrainConfig
+    recipe: str
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
+    """Resolve train.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
+    parser = build_parser(
+        TrainConfig,
+        prog="train.py",
+        description="Train a DiffiT: python train.py --config configs/fashion_mnist.yaml",
+        epilog="Alone, or on many GPUs: torchrun --nproc_per_node=8 train.py --config ...",
+    )
+    try:
+        arguments = config_first(sys.argv[1:] if argv is None else argv)
+        tree = parser.instantiate(parse(parser, arguments))
+        config = TrainConfig(**{name: tree[name] for name in TrainConfig.__dataclass_fields__})
+        _check(config)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    return TrainTask(config, str((tree.config or ["command line"])[0]))
+
+
+def _check(config: TrainConfig) -> None:
+    model_config(config.model, **config.network)
+    for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"--ema_decay must lie in [0, 1), not {config.ema_decay}")
+    if config.precision == "fp16":
+        raise ValueError("training in fp16 needs loss scaling, which is not there: choose --precision bf16")

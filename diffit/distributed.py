@@ -1,0 +1,100 @@
+"""Processes: who am I, and what all must agree on. Works alone, under torchrun, and from Slurm's variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# A rank may wait long for the others: they sample at their own pace, or one of them downloads weights.
+_TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, their number, and its rank on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def _integers(*names: str) -> list[int] | None:
+    """The values of environment variables, or None unless all are set."""
+    values = [os.environ.get(name) for name in names]
+    return None if any(value is None for value in values) else [int(value) for value in values if value is not None]
+
+
+def detect_world() -> World:
+    """Read torchrun's variables, else those of a Slurm task (srun), else be alone.
+
+    An interactive Slurm shell also has variables of its job; SLURM_STEP_NUM_TASKS is set for tasks of srun alone.
+    """
+    launched = _integers("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if launched is None:
+        launched = _integers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    return World(*launched) if launched else World()
+
+
+def _slurm_address() -> str:
+    """The first host of a Slurm node list: 'gpu[03-07,9]' -> 'gpu03'."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    return re.sub(r"^([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?.*$", lambda m: m[1] + (m[2] or ""), nodes)
+
+
+def start(device: torch.device) -> World:
+    """Join the other processes, if there are any; give this one its GPU.
+
+    Small messages (agreement, barriers) go over gloo and gradients of GPUs over NCCL.
+    """
+    world = detect_world()
+    if device.type == "cuda":
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    if world.size > 1 and not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.setdefault("MASTER_ADDR", _slurm_address())
+            os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", 0)) % 1000))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    return world
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Wait for all."""
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU: waits without occupying a GPU
+
+
+def on_main(world: World, function: Callable[[], T]) -> T:
+    """Run a function on rank 0 alone; every rank gets its result, or raises its error."""
+    if world.size == 1:
+        return function()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if world.is_main:
+        try:
+            outcome = [(function(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
