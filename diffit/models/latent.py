@@ -78,12 +78,13 @@ class DiffiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.detach().flatten(1))  # as the matrix it is
-        nn.init.zeros_(projection.bias)
+            elif isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight.detach().flatten(1))  # the patch projection, as the matrix it is
+                nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for module in self.t_embedder.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def unpatchify(self, x: Tensor) -> Tensor:

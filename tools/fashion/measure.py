@@ -3,7 +3,7 @@
     python tools/fashion/measure.py logs/guided/samples_1000x32x32x1.npz logs/unguided/samples_10000x32x32x1.npz
 
 The distance is that between Gaussians fitted to the judge's features of the samples and of the real training set. The
-same numbers of the real test set and of the VAE's reconstructions of it stand beside, as the floor and the first step up.
+same numbers of the real test set and of the VAE's reconstructions of it stand beside it.
 """
 
 import argparse

@@ -1,0 +1,94 @@
+"""Samplers on a Gaussian data set, whose best denoiser is a formula and whose ODE has a closed-form solution."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffit.diffusion import create_diffusion, create_sampler
+from diffit.diffusion.settings import DiffusionConfig, SamplingConfig
+
+MEAN, STD = 0.3, 0.5
+PROCESS = create_diffusion("")
+
+
+def best_denoiser(x, t):
+    """E[noise | x_t] for data ~ N(MEAN, STD^2), with the true log variance left to its lower bound."""
+    alpha_bar = torch.from_numpy(PROCESS.alphas_cumprod).to(x.dtype)[t].view(-1, 1, 1, 1)
+    residual = x - alpha_bar.sqrt() * MEAN
+    eps = (1 - alpha_bar).sqrt() * residual / (alpha_bar * STD**2 + 1 - alpha_bar)
+    return torch.cat([eps, -torch.ones_like(x)], dim=1)
+
+
+def ode_solution(z):
+    """The probability flow maps quantiles to quantiles: x_T ~ N(m, s^2) goes linearly to the data."""
+    alpha_bar = PROCESS.alphas_cumprod[-1]
+    mean, std = np.sqrt(alpha_bar) * MEAN, np.sqrt(alpha_bar * STD**2 + 1 - alpha_bar)
+    return MEAN + STD * (z - mean) / std
+
+
+def run(z, **settings):
+    sampler = create_sampler(DiffusionConfig(), SamplingConfig(**settings))
+    generator = torch.Generator().manual_seed(0)
+    states = list(sampler(best_denoiser, z, lambda: torch.randn(z.shape, generator=generator, dtype=z.dtype)))
+    assert [state.step for state in states] == list(range(1, states[0].num_steps + 1))
+    return states
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "tolerance"),
+    [
+        ("ddim", 1000, 5e-3),
+        ("ddim", 100, 5e-2),
+        ("dpm++", 20, 5e-2),
+        ("dpm++", 50, 5e-3),
+        ("unipc", 20, 5e-2),
+        ("unipc", 50, 5e-3),
+    ],
+)
+def test_deterministic_samplers_solve_the_ode(sampler, steps, tolerance):
+    z = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 1, 8, 8).float()
+    x = run(z, sampler=sampler, num_sampling_steps=steps)[-1].x
+    assert (x - ode_solution(z)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_stochastic_samplers_give_the_distribution(sampler, eta):
+    """At the full number of steps, within the Monte-Carlo error and the little that the discretisation adds."""
+    z = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    x = run(z, sampler=sampler, eta=eta, num_sampling_steps=1000)[-1].x.double()
+    count = x.numel()
+    assert abs(x.mean() - MEAN) < 4 * STD / count**0.5 + 2e-3
+    assert abs(x.std() - STD) < 4 * STD / (2 * count) ** 0.5 + 4e-3
+
+
+def test_the_model_sees_original_timesteps():
+    seen = []
+
+    def model(x, t):
+        seen.append(int(t[0]))
+        return torch.zeros(x.shape[0], 2 * x.shape[1], *x.shape[2:])
+
+    for sampler in ("ddpm", "ddim", "dpm++", "unipc"):
+        seen.clear()
+        for _ in create_sampler(DiffusionConfig(), SamplingConfig(sampler, 10))(
+            model, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2).clone
+        ):
+            pass
+        assert len(seen) == 10
+        assert seen == sorted(seen, reverse=True)
+        assert seen[0] == 999
+        assert seen[-1] < 120
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampler": "euler"},
+        {"eta": 1.5},
+        {"sampler": "dpm++", "num_sampling_steps": "ddim50"},
+        {"num_sampling_steps": 0},
+    ],
+)
+def test_unusable_settings_are_refused(settings):
+    with pytest.raises(ValueError):
+        create_sampler(DiffusionConfig(), SamplingConfig(**settings))
