@@ -1,27 +1,39 @@
 """The DiffiT transformer block. Letters: B batch, W windows, N tokens of a window, C channels, E of the condition."""
 
-from functools import partial
-
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from diffit.nn.attention import TMSA
 
 
+class TanhGELU(nn.GELU):
+    """GELU in its tanh approximation, constructible as timm's Mlp constructs its activation."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
 class DiffiTBlock(nn.Module):
     """TMSA, then an MLP, each behind a LayerNorm without affine parameters and with a residual (Eq. 7-8).
 
-    There is no adaLN: time and class enter through the attention alone.
+    There is no adaLN: time and class enter through the attention alone. Dropout acts where the residual branches of
+    convolutional U-Nets have theirs: once a block, after the nonlinearity and before the last linear map.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, window_size: int, mlp_ratio: float = 4.0, cond_dim: int | None = None
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        mlp_ratio: float = 4.0,
+        cond_dim: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = TMSA(dim, num_heads, window_size, cond_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=TanhGELU, drop=(dropout, 0.0))  # hidden layer, output
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C]."""
