@@ -1,4 +1,5 @@
 from .checkpoint import load_model as load_model
+from .models.image import ImageDiffiT as ImageDiffiT
 from .models.latent import DiffiT as DiffiT
 from .models.zoo import create_model as create_model
 

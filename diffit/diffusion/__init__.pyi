@@ -1,3 +1,6 @@
+from .edm import EDMPrecond as EDMPrecond
+from .edm import edm_loss as edm_loss
+from .edm import edm_sampler as edm_sampler
 from .gaussian import GaussianDiffusion as GaussianDiffusion
 from .gaussian import create_diffusion as create_diffusion
 from .guidance import ClassifierFreeGuidance as ClassifierFreeGuidance

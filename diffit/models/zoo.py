@@ -25,17 +25,48 @@ class DiffiTConfig:
     learn_sigma: bool = True
 
 
-# -S, -B, -L follow the widths, depths and heads that DiT made familiar.
-ZOO: dict[str, DiffiTConfig] = {
+@dataclass(frozen=True)
+class ImageDiffiTConfig:
+    """The constructor arguments of `diffit.ImageDiffiT`; the defaults are the CIFAR-10 model."""
+
+    input_size: int = 32
+    in_channels: int = 3
+    channels: tuple[int, ...] = (128, 256, 256)
+    blocks: tuple[int, ...] = (2, 2, 2)
+    window_size: int = 4
+    head_dim: int = 64
+    mlp_ratio: float = 4.0
+    cond_dim: int = 512
+    dropout: float = 0.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 0
+
+
+NetworkConfig = DiffiTConfig | ImageDiffiTConfig
+
+_CIFAR10 = ImageDiffiTConfig()
+_FFHQ64 = ImageDiffiTConfig(input_size=64, channels=(128, 256, 256, 256), blocks=(1, 2, 2, 2), window_size=8)
+
+# -S, -B, -L follow the widths, depths and heads that DiT made familiar; -4 has the four blocks a stage of the paper's
+# table, where its training section says two.
+ZOO: dict[str, NetworkConfig] = {
     "Diffit": DiffiTConfig(),
     "Diffit-L": DiffiTConfig(hidden_size=1024, depth=24, num_heads=16),
     "Diffit-B": DiffiTConfig(hidden_size=768, depth=12, num_heads=12),
     "Diffit-S": DiffiTConfig(hidden_size=384, depth=12, num_heads=6),
     "Diffit-Fashion": DiffiTConfig(input_size=8, patch_size=1, hidden_size=128, depth=12, num_heads=4, num_classes=10),
+    "ImageDiffit-CIFAR10": _CIFAR10,
+    "ImageDiffit-FFHQ64": _FFHQ64,
+    "ImageDiffit-CIFAR10-4": replace(_CIFAR10, blocks=(4, 4, 4)),
+    "ImageDiffit-FFHQ64-4": replace(_FFHQ64, blocks=(4, 4, 4, 4)),
+    "ImageDiffit-Fashion": ImageDiffiTConfig(
+        in_channels=1, channels=(64, 128, 128), head_dim=32, cond_dim=192, num_classes=10
+    ),
+    "ImageDiffit-Tiny": ImageDiffiTConfig(channels=(16, 32), blocks=(1, 1), head_dim=8, cond_dim=32),
 }
 
 
-def model_config(name: str, **overrides: Any) -> DiffiTConfig:
+def model_config(name: str, **overrides: Any) -> NetworkConfig:
     """The config of a registered size, with some fields replaced.
 
     Raises:
@@ -50,8 +81,12 @@ def model_config(name: str, **overrides: Any) -> DiffiTConfig:
     return replace(ZOO[name], **overrides)
 
 
-def build_model(config: DiffiTConfig) -> nn.Module:
+def build_model(config: NetworkConfig) -> nn.Module:
     """A freshly initialised network of this config, in training mode."""
+    if isinstance(config, ImageDiffiTConfig):
+        from diffit.models.image import ImageDiffiT
+
+        return ImageDiffiT(**asdict(config))
     from diffit.models.latent import DiffiT
 
     return DiffiT(**asdict(config))

@@ -41,10 +41,10 @@ class TimestepEmbedder(nn.Module):
         self.num_features = num_features
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t: Tensor) -> Tensor:
-        """t: [B] timesteps on the original scale. Returns [B, C]."""
+    def forward(self, t: Tensor, offset: Tensor | None = None) -> Tensor:
+        """t: [B] timesteps on the original scale; offset: [B, F], added to the features. Returns [B, C]."""
         features = sinusoidal_embedding(t, self.num_features)  # [B, F]
-        return self.mlp(features)  # [B, C]
+        return self.mlp(features if offset is None else features + offset)  # [B, C]
 
 
 class LabelEmbedder(nn.Module):

@@ -1,0 +1,131 @@
+"""The augmentation of EDM, which does not leak into samples: the network is told what was done to each image.
+
+Every transform but the flips is part of one affine map, and the image is resampled once:
+
+    source point = S^-1 R^-1 A^-1 T^-1 (output point)      S scale, R rotation, A anisotropic scale, T translation
+
+Resampling goes over a grid of twice the density, as band-limited warping needs: interpolate to it, read it at the
+mapped points (bicubic), and filter it down. The two filters are the symmetric biorthogonal pair of Cohen, Daubechies
+and Feauveau with 9 and 7 taps: filtering up and down again is the identity, and symmetry keeps it so for mirrored and
+turned images, so that shifts by whole pixels and quarter turns are exact. The shorter filter, which lets less through
+above the new Nyquist frequency, is the one that filters down.
+
+Letters: B batch, c channels, h and w sides. Points are (x to the right, y down) from the image's centre, in pixels;
+angles turn counter-clockwise as seen.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCALE_STD = 0.2  # of the binary logarithm of both scale factors
+TRANSLATION_STD = 1 / 8  # of the image's side
+
+# The right halves of both filters, centre first; they sum to 2 (twice the samples) and to 1.
+_UP = (1.205898036472720, 0.533728236885750, -0.156446533057980, -0.033728236885750, 0.053497514821620)
+_DOWN = (0.557543526228497, 0.295635881557125, -0.028771763114250, -0.045635881557125)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to each of B images: float64 [B] each, all 0 for nothing."""
+
+    x_flip: Tensor  # 0 or 1
+    y_flip: Tensor  # 0 or 1
+    scale: Tensor  # w: factor 2^(0.2 w)
+    rotation: Tensor  # angle
+    stretch: Tensor  # w: factor 2^(0.2 w) along the axis, 2^(-0.2 w) across it
+    axis: Tensor  # angle of that axis
+    x_shift: Tensor  # in eighths of the width
+    y_shift: Tensor  # in eighths of the height
+
+    def labels(self) -> Tensor:
+        """What the network is told, float32 [B, 9]."""
+        columns = [self.x_flip, self.y_flip, self.scale, self.rotation.cos() - 1, self.rotation.sin()]
+        columns += [self.stretch * self.axis.cos(), self.stretch * self.axis.sin(), self.x_shift, self.y_shift]
+        return torch.stack(columns, dim=1).float()  # [B, 9]
+
+    def source_map(self, height: int, width: int) -> Tensor:
+        """The affine map from output points to source points, flips aside: float64 [B, 2, 3]."""
+        shift = torch.stack([self.x_shift * width, self.y_shift * height], dim=1) * TRANSLATION_STD  # [B, 2]
+        shrink = 2 ** (-SCALE_STD * self.scale)[:, None, None]
+        squeeze = torch.stack([-self.stretch, self.stretch], dim=1).mul(SCALE_STD).exp2().diag_embed()  # [B, 2, 2]
+        along = rotation_matrix(self.axis)
+        linear = shrink * rotation_matrix(-self.rotation) @ along @ squeeze @ along.mT  # [B, 2, 2]
+        return torch.cat([linear, -linear @ shift[:, :, None]], dim=2)  # [B, 2, 3]
+
+
+def rotation_matrix(angle: Tensor) -> Tensor:
+    """angle: [B]. Returns [B, 2, 2], which turns points counter-clockwise as seen (y points down)."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, sin, -sin, cos], dim=1).view(-1, 2, 2)  # [B, 2, 2]
+
+
+def draw_augmentation(generators: Sequence[np.random.Generator], probability: float) -> Augmentation:
+    """Draw what is done to each image from its own generator (always 10 uniform and 4 normal numbers).
+
+    Every transform is applied with that probability; the flip in x always is, and either flip is a fair coin then.
+    """
+    uniform = torch.from_numpy(np.stack([generator.random(10) for generator in generators], axis=1))  # [10, B]
+    normal = torch.from_numpy(np.stack([generator.standard_normal(4) for generator in generators], axis=1))  # [4, B]
+    y_flip, scale, rotation, stretch, shift = (uniform[:5] < probability).double()
+    x_coin, y_coin, tilted = (uniform[5:8] < 0.5).double()
+    turn, axis = math.pi * (2 * uniform[8:] - 1)
+    return Augmentation(
+        x_flip=x_coin,
+        y_flip=y_flip * y_coin,
+        scale=scale * normal[0],
+        rotation=rotation * turn,
+        stretch=stretch * normal[1],
+        axis=stretch * tilted * axis,
+        x_shift=shift * normal[2],
+        y_shift=shift * normal[3],
+    )
+
+
+def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
+    """images: float [B, c, h, w]. Returns the transformed ones; borders reflect, untouched images stay bit-equal."""
+    height, width = images.shape[-2:]
+    images = _flip(_flip(images, augmentation.x_flip, -1), augmentation.y_flip, -2)
+    source = augmentation.source_map(height, width)
+    moved = (source != torch.eye(2, 3, dtype=source.dtype)).flatten(1).any(1).nonzero()[:, 0].to(images.device)
+    if len(moved):
+        images = images.index_copy(0, moved, resample(images[moved], source[moved.to(source.device)]))
+    return images
+
+
+def _flip(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    return torch.where((chosen > 0).view(-1, 1, 1, 1).to(images.device), images.flip(dim), images)
+
+
+def resample(images: Tensor, source: Tensor) -> Tensor:
+    """Read images [B, c, h, w] at the source points of every output point; source: affine maps [B, 2, 3]."""
+    B, c, h, w = images.shape
+    up, down = (_kernel(half).to(images) for half in (_UP, _DOWN))
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect").view(B * c, 1, h + 4, w + 4)
+    dense = F.conv_transpose2d(padded, up, stride=2, padding=8).view(B, c, 2 * h - 1, 2 * w - 1)
+    grid = _dense_points(source, h, w).to(images)  # [B, 2h+5, 2w+5, 2]
+    warped = F.grid_sample(dense, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
+    return F.conv2d(warped.view(B * c, 1, 2 * h + 5, 2 * w + 5), down, stride=2).view(B, c, h, w)
+
+
+def _kernel(half: tuple[float, ...]) -> Tensor:
+    """The separable kernel [1, 1, k, k] of a symmetric filter given by its right half."""
+    taps = torch.tensor(half[:0:-1] + half, dtype=torch.float64)
+    return torch.outer(taps, taps)[None, None]
+
+
+def _dense_points(source: Tensor, height: int, width: int) -> Tensor:
+    """Where the points of the dense output grid lie in the source, in half sides: [B, 2h+5, 2w+5, 2] as (x, y).
+
+    The grid has a margin of 3 points, which the filter down needs.
+    """
+    radius = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=source.dtype)
+    y, x = (torch.arange(-3, 2 * n + 2, dtype=source.dtype) / 2 - (n - 1) / 2 for n in (height, width))
+    points = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x)), torch.ones(len(y), len(x))], dim=-1)
+    return torch.einsum("yxk,bjk->byxj", points, source) / radius
