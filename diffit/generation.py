@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import diffit
 from diffit import distributed
-from diffit.config.parser import Precision, as_tree
+from diffit.config.parser import as_tree
 from diffit.config.sample import SampleTask
+from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.output import GRID, SampleFolder, save_grid, save_pngs
 
 if TYPE_CHECKING:
@@ -48,45 +49,6 @@ def generate(task: SampleTask) -> Path:
         return Generation(task, device, world).run()
     finally:
         distributed.stop()
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a name means; auto takes CUDA, else Apple's MPS, else the CPU.
-
-    Raises:
-        ValueError: if the machine does not have it.
-    """
-    import torch
-
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise ValueError(f"this machine has no {name} device that PyTorch can use: choose --device cpu")
-    return torch.device(name)
-
-
-def set_matmul_precision(precision: Precision) -> None:
-    """Let float32 products use TF32 tensor cores, or not; both settings of PyTorch speak."""
-    import torch
-
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-
-
-def autocast(model: nn.Module, device: torch.device, precision: Precision) -> Any:
-    """The model, called under autocast where the precision is a 16-bit one."""
-    import torch
-
-    if precision in ("fp32", "tf32"):
-        return model
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-
-    def call(*inputs: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype):
-            return model(*inputs)
-
-    return call
 
 
 def class_names(names: Sequence[str], num_classes: int) -> Sequence[str]:

@@ -22,10 +22,10 @@ from diffit.config.train import OptimizerConfig, TrainTask
 from diffit.data.batches import Batch, LatentBatches
 from diffit.data.datasets import fashion_mnist
 from diffit.data.latents import cached_moments
+from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import create_diffusion
 from diffit.diffusion.gaussian import TrainingLosses
 from diffit.ema import EMA
-from diffit.generation import autocast, resolve_device, set_matmul_precision
 from diffit.logs import JsonLog
 from diffit.models.zoo import build_model
 

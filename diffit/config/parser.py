@@ -6,13 +6,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
-
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def fail(message: str) -> NoReturn:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 from diffit.checkpoint import CheckpointConfig, Source, find_checkpoint
 from diffit.codec import CodecConfig
-from diffit.config.parser import Device, Precision, build_parser, config_first, fail, parse
+from diffit.config.parser import build_parser, config_first, fail, parse
 from diffit.config.upstream import UPSTREAM_HELP, upstream_arguments
+from diffit.device import Device, Precision
 from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 
 from diffit.checkpoint import CheckpointConfig
 from diffit.codec import CodecConfig
-from diffit.config.parser import Device, Precision, build_parser, config_first, fail, parse
+from diffit.config.parser import build_parser, config_first, fail, parse
+from diffit.device import Device, Precision
 from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig
 from diffit.models.zoo import model_config
 

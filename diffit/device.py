@@ -1,0 +1,51 @@
+"""Where to compute, and in which precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name means; auto takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        ValueError: if the machine does not have it.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"this machine has no {name} device that PyTorch can use: choose --device cpu")
+    return torch.device(name)
+
+
+def set_matmul_precision(precision: Precision) -> None:
+    """Let float32 products use TF32 tensor cores, or not; both settings of PyTorch speak."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def autocast(model: nn.Module, device: torch.device, precision: Precision) -> Any:
+    """The model, called under autocast where the precision is a 16-bit one."""
+    import torch
+
+    if precision in ("fp32", "tf32"):
+        return model
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+
+    def call(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return model(*inputs)
+
+    return call
