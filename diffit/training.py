@@ -69,7 +69,7 @@ class Training:
             "", config.diffusion.noise_schedule, config.diffusion.learn_sigma, config.diffusion.diffusion_steps
         )
         torch.manual_seed(config.seed)  # the same initial weights in every process
-        self.model = build_model(self.description.network).to(device)
+        self.model = self._initial_model().to(device)
         self.ema = EMA(self.model, config.ema_decay)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         settings = config.optimizer
@@ -98,6 +98,15 @@ class Training:
             self.description.network.class_dropout_prob,
             slice(self.world.rank * share, (self.world.rank + 1) * share),
         )
+
+    def _initial_model(self) -> nn.Module:
+        """A fresh network, or the one that --init_from names."""
+        if self.config.init_from is None:
+            return build_model(self.description.network)
+        source, found = find_checkpoint(path=self.config.init_from)
+        if found.network != self.description.network:
+            raise ValueError(f"{source} holds another network ({found.network}): it cannot start this run")
+        return load_weights(source.fetch(), found)
 
     def _wrapped_model(self) -> Any:
         """The model as the loss calls it: compiled, in parallel, under autocast, as configured."""

@@ -57,6 +57,7 @@ class TrainConfig:
         model: a size of the zoo.
         network: fields of the network's config to replace, such as {depth: 30}.
         run_dir: folder of checkpoints and logs; the same command again resumes from its newest checkpoint.
+        init_from: start a new run from the weights of another checkpoint of the same network.
         steps: optimizer steps of the whole run.
         batch_size: images of a step, over all processes.
         seed: of initialisation, order of images, timesteps, noise and dropped labels.
@@ -76,6 +77,7 @@ class TrainConfig:
     model: str = "Diffit"
     network: dict[str, int | float | bool] = field(default_factory=dict)
     run_dir: str = "runs/train"
+    init_from: str | None = None
     steps: int = 400_000
     batch_size: int = 256
     seed: int = 0
