@@ -1,0 +1,73 @@
+"""Small real things: a VAE that diffusers saved, a checkpoint, a data set in Fashion-MNIST's own files."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffit.checkpoint import CheckpointConfig, save_checkpoint
+from diffit.codec import CodecConfig
+from diffit.diffusion.settings import GuidanceConfig, SamplingConfig
+from diffit.models.zoo import DiffiTConfig, build_model
+
+NETWORK = DiffiTConfig(input_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=4, num_classes=3)
+CLASSES = ("Cat", "Dog", "Night owl")
+
+
+def save_small_vae(folder: Path, channels: int = 3, **config) -> str:
+    """A random AutoencoderKL, images [16, 16, channels] -> latents [4, 8, 8]."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        **config,
+    )
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+def random_network(config: DiffiTConfig = NETWORK, seed: int = 0) -> torch.nn.Module:
+    """A network whose every parameter is random, the head included."""
+    torch.manual_seed(seed)
+    model = build_model(config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def save_small_checkpoint(folder: Path, vae: str, **changes) -> Path:
+    """A checkpoint of the small network, with 3 recommended steps and guidance at 2."""
+    config = CheckpointConfig(
+        "Diffit-S",
+        NETWORK,
+        sampling=SamplingConfig(num_sampling_steps=3),
+        guidance=GuidanceConfig(scale=2.0),
+        codec=CodecConfig(vae, factor=2),
+        class_names=CLASSES,
+        **changes,
+    )
+    path = folder / "small.safetensors"
+    save_checkpoint(path, random_network().state_dict(), config)
+    return path
+
+
+def write_fashion_files(folder: Path, count: int = 64) -> Path:
+    """Random images in the format and under the names of Fashion-MNIST's training files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    labels = random.integers(0, 10, count, dtype=np.uint8)
+    for name, array in (("train-images-idx3-ubyte.gz", images), ("train-labels-idx1-ubyte.gz", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        with gzip.open(folder / name, "wb") as file:
+            file.write(header + array.tobytes())
+    return folder

@@ -1,0 +1,71 @@
+"""The codec against its formulas, with a small VAE that diffusers made."""
+
+import pytest
+import torch
+
+from diffit.codec import CodecConfig, VAECodec, to_uint8
+from tests.small_models import save_small_vae
+
+CPU = torch.device("cpu")
+
+
+def test_uint8_truncates():
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0 / 127.5 * 0.999, 0.9999, 1.0, 3.0]).view(1, 1, 1, -1)
+    assert to_uint8(x).flatten().tolist() == [0, 0, 127, 191, 128, 254, 255, 255]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"scaling_factor": 0.3},
+        {"scaling_factor": 1.0, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    ],
+)
+@torch.no_grad()
+def test_scaling(tmp_path, config):
+    """latents = (z - mean) / std * factor; Stable Diffusion's VAEs say nothing and mean 0.18215."""
+    codec = VAECodec(CodecConfig(save_small_vae(tmp_path / "vae", **config), 2), CPU)
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    moments = codec.encode_moments(images)
+    assert moments.shape == (2, 8, 8, 8)
+    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    posterior = codec.vae.encode(x).latent_dist
+    noise = torch.randn(2, 4, 8, 8)
+    z = posterior.mean + posterior.std * noise
+    mean = torch.tensor(config.get("latents_mean", [0.0] * 4)).view(1, 4, 1, 1)
+    std = torch.tensor(config.get("latents_std", [1.0] * 4)).view(1, 4, 1, 1)
+    latents = codec.latents(moments, noise)
+    torch.testing.assert_close(latents, (z - mean) / std * config.get("scaling_factor", 0.18215))
+    decoded = codec.decode(latents)
+    assert (decoded.int() - to_uint8(codec.vae.decode(z).sample).int()).abs().max() <= 1
+    assert decoded.shape == images.shape
+
+
+def test_bundled_vae_reconstructs():
+    """A drawn coat-like shape comes back within a few grey levels on average."""
+    codec = VAECodec(CodecConfig("Diffit-Fashion-VAE", 4), CPU)
+    image = torch.zeros(1, 32, 32, 1, dtype=torch.uint8)
+    image[:, 4:28, 10:22] = 180
+    image[:, 6:24, 6:10] = 140
+    image[:, 6:24, 22:26] = 140
+    with torch.no_grad():
+        moments = codec.encode_moments(image)
+        back = codec.decode(codec.latents(moments, torch.zeros(1, 4, 8, 8)))
+    assert (back.float() - image.float()).abs().mean() < 6
+    assert codec.image_channels == 1
+
+
+@pytest.mark.parametrize("content", [None, "{}", "damaged"])
+def test_missing_and_damaged_vaes(tmp_path, content):
+    folder = tmp_path / "vae"
+    if content == "damaged":
+        save_small_vae(folder)
+        weights = next(folder.glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif content:
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="VAE") as caught:
+        VAECodec(CodecConfig(str(folder), 2), CPU)
+    assert "\n" not in str(caught.value)
