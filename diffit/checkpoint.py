@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffit.codec import CodecConfig
-from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig
-from diffit.models.zoo import ZOO, DiffiTConfig, build_model, model_config
+from diffit.codec import PIXELS, CodecConfig
+from diffit.diffusion.settings import DiffusionConfig, EDMConfig, GuidanceConfig, Process, SamplingConfig
+from diffit.models.zoo import ZOO, DiffiTConfig, NetworkConfig, build_model, model_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,8 +30,10 @@ class CheckpointConfig:
     """What a checkpoint says about itself: the model, the process it was trained for, how best to sample it."""
 
     model: str
-    network: DiffiTConfig
+    network: NetworkConfig
+    process: Process = "gaussian"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    edm: EDMConfig = field(default_factory=EDMConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -53,8 +55,10 @@ class CheckpointConfig:
         guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
         return cls(
             model=tree["model"],
-            network=DiffiTConfig(**tree["network"]),
+            network=model_config(tree["model"], **tree["network"]),
+            process=tree.get("process", "gaussian"),  # files of before EDM say nothing of it
             diffusion=DiffusionConfig(**tree["diffusion"]),
+            edm=EDMConfig(**tree.get("edm", {})),
             sampling=SamplingConfig(**tree["sampling"]),
             guidance=GuidanceConfig(**guidance),
             codec=CodecConfig(**tree["codec"]),
@@ -77,10 +81,14 @@ def untold_config(model: str, image_size: int | None) -> CheckpointConfig:
         ValueError: if the model is unknown.
     """
     network = model_config(model)
-    factor = CodecConfig().factor
+    latent = isinstance(network, DiffiTConfig)
+    codec = CodecConfig() if latent else CodecConfig(PIXELS, factor=1)
     if image_size is not None:
-        network = replace(network, input_size=image_size // factor)
-    _, guidance = RELEASED.get(network.input_size * factor, ("", GuidanceConfig()))
+        network = replace(network, input_size=image_size // codec.factor)
+    if not latent:
+        sampling = SamplingConfig("heun", num_sampling_steps=18 if network.input_size <= 32 else 40)
+        return CheckpointConfig(model, network, "edm", sampling=sampling, codec=codec)
+    _, guidance = RELEASED.get(network.input_size * codec.factor, ("", GuidanceConfig()))
     return CheckpointConfig(model, network, guidance=guidance if model == "Diffit" else GuidanceConfig())
 
 
@@ -222,10 +230,13 @@ def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
     _check_fit(
         path, {k: v.shape for k, v in state.items()}, {k: v.shape for k, v in model.state_dict().items()}, config
     )
-    _check_index(path, index, config.network.input_size // config.network.patch_size)
+    network = config.network
+    window = network.input_size // network.patch_size if isinstance(network, DiffiTConfig) else network.window_size
+    _check_index(path, index, window)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    # The position embedding is a parameter that does not train, and assigning made it anew.
-    model.pos_embed.requires_grad_(False)
+    for name, parameter in model.named_parameters():  # assigning made them anew, as if all of them were trained
+        parameter.requires_grad_(trained[name])
     return model.eval()
 
 
@@ -257,14 +268,14 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(path: Path, found: dict[str, Any], expected: dict[str, Any], config: CheckpointConfig) -> None:
-    tokens = found.get("pos_embed", (0, 0))[1]
-    side = round(tokens**0.5) * config.network.patch_size
-    if tokens and side != config.network.input_size:
+    if isinstance(config.network, DiffiTConfig) and "pos_embed" in found:
+        side = round(found["pos_embed"][1] ** 0.5) * config.network.patch_size
         size = side * config.codec.factor
-        raise ValueError(
-            f"{path} was trained for {size}x{size} images, not {config.image_size}x{config.image_size}: "
-            f"add --image_size {size}, or give another file"
-        )
+        if side != config.network.input_size:
+            raise ValueError(
+                f"{path} was trained for {size}x{size} images, not {config.image_size}x{config.image_size}: "
+                f"add --image_size {size}, or give another file"
+            )
     wrong = [
         *(f"{name} is missing" for name in expected if name not in found),
         *(f"{name} is not part of it" for name in found if name not in expected),

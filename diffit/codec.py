@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BUNDLED_VAES = {"Diffit-Fashion-VAE": Path(__file__).parent / "bundled" / "diffit_fashion_vae"}
 STABILITY_VAE = "stabilityai/sd-vae-ft-{}"
+PIXELS = "pixels"
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class CodecConfig:
     """How images become what the network sees.
 
     Args:
-        vae: an AutoencoderKL of diffusers: a bundled name, a folder, or a Hub id.
-        factor: image side over latent side.
+        vae: an AutoencoderKL of diffusers: a bundled name, a folder, or a Hub id; or `pixels`, for a network that sees
+            the images themselves.
+        factor: image side over latent side; 1 for pixels.
     """
 
     vae: str = STABILITY_VAE.format("ema")
@@ -71,6 +73,36 @@ class VAECodec:
         """latents: [B, c, h, w]. Returns uint8 images [B, H, W, C]."""
         x = self.vae.decode(latents / self._scale + self._mean).sample  # [B, C, H, W]
         return to_uint8(x)
+
+
+class PixelCodec:
+    """Images <-> pixels in [-1, 1], for as many channels as the images have: c = C, h = H."""
+
+    latent_channels = None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images: uint8 [B, H, W, C]. Returns float32 [B, C, H, W] in [-1, 1]."""
+        return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def decode(self, pixels: Tensor) -> Tensor:
+        """pixels: [B, C, H, W]. Returns uint8 images [B, H, W, C]."""
+        return to_uint8(pixels)
+
+
+Codec = VAECodec | PixelCodec
+
+
+def create_codec(config: CodecConfig, device: torch.device) -> Codec:
+    """The codec that a config names.
+
+    Raises:
+        ValueError: if the VAE cannot be found or loaded, or pixels are to be scaled.
+    """
+    if config.vae != PIXELS:
+        return VAECodec(config, device)
+    if config.factor != 1:
+        raise ValueError(f"the codec 'pixels' keeps the size of images: --codec.factor must be 1, not {config.factor}")
+    return PixelCodec()
 
 
 def to_uint8(x: Tensor) -> Tensor:

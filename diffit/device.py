@@ -44,8 +44,8 @@ def autocast(model: nn.Module, device: torch.device, precision: Precision) -> An
         return model
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
 
-    def call(*inputs: Tensor) -> Tensor:
+    def call(*inputs: Tensor, **conditions: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype):
-            return model(*inputs)
+            return model(*inputs, **conditions)
 
     return call

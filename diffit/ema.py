@@ -5,24 +5,37 @@ import copy
 import torch
 from torch import nn
 
+RAMP_UP = 0.05
+
+
+def ramped_decay(decay: float, step: int) -> float:
+    """The decay at optimizer step `step`, counted from 1: (1 + step) / (10 + step), up to `decay`.
+
+    The average thus forgets the initialisation.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+def half_life_decay(half_life: float, batch_size: int, step: int) -> float:
+    """The decay at optimizer step `step`, counted from 1, for a half-life in images, as in EDM.
+
+    It is at most 5% of the images seen before the step: the average forgets the initialisation at once.
+    """
+    ramped = min(half_life, (step - 1) * batch_size * RAMP_UP)
+    return 0.5 ** (batch_size / ramped) if ramped else 0.0
+
 
 class EMA:
     """A copy of a network that follows it: average = decay * average + (1 - decay) * weights.
 
     Args:
         model: the network; its copy, in eval mode and without gradients, is `.model`.
-        decay: in [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Follow the network after optimizer step `step`, counted from 1.
-
-        In the first steps the decay is smaller, (1 + step) / (10 + step): the average forgets the initialisation.
-        """
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Follow the network after an optimizer step, with that step's decay in [0, 1)."""
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from tqdm import tqdm
 
-    from diffit.codec import VAECodec
+    from diffit.codec import Codec
     from diffit.diffusion.gaussian import Model
+    from diffit.diffusion.guidance import Schedule
     from diffit.diffusion.samplers import Sampler
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class Generation:
     def _sampler(self) -> Sampler:
         from diffit.diffusion import create_sampler
 
-        return create_sampler(self.config.diffusion, self.config.sampling)
+        return create_sampler(self.config.process_config, self.config.sampling)
 
     def _settings(self, weights: Path) -> dict[str, Any]:
         """All that a sample depends on beside its number, for the manifest."""
@@ -132,11 +133,11 @@ class Generation:
     def _sample_missing(self, model: nn.Module, sampler: Sampler) -> None:
         from tqdm import tqdm
 
-        from diffit.codec import VAECodec
+        from diffit.codec import create_codec
 
         missing = distributed.on_main(self.world, self.folder.missing)
         batches = list(_batches(missing, self.config.batch_size))
-        codec = VAECodec(self.task.vae, self.device)
+        codec = create_codec(self.task.vae, self.device)
         self._check_codec(codec)
         mine = batches[self.world.rank :: self.world.size]
         share = f" (process 1 of {self.world.size})" if self.world.size > 1 else ""
@@ -148,16 +149,14 @@ class Generation:
         distributed.barrier(self.world)
         self.seconds_per_image = (time.monotonic() - start) / max(len(missing), 1)
 
-    def _check_codec(self, codec: VAECodec) -> None:
-        if codec.latent_channels != self.checkpoint.network.in_channels:
+    def _check_codec(self, codec: Codec) -> None:
+        if codec.latent_channels not in (None, self.checkpoint.network.in_channels):
             raise ValueError(
                 f"the VAE {self.task.vae.vae} has {codec.latent_channels} latent channels, {self.checkpoint.model} "
                 f"needs {self.checkpoint.network.in_channels}: leave --vae out, or give one that fits"
             )
 
-    def _sample_batch(
-        self, model: nn.Module, sampler: Sampler, codec: VAECodec, indices: range, bar: tqdm[Any]
-    ) -> None:
+    def _sample_batch(self, model: nn.Module, sampler: Sampler, codec: Codec, indices: range, bar: tqdm[Any]) -> None:
         import torch
 
         from diffit.diffusion import SampleNoise
@@ -189,7 +188,7 @@ class Generation:
 
     def _denoiser(self, model: Any, labels: Tensor) -> Model:
         """(x, t) -> prediction for these labels, guided if the settings say so."""
-        from diffit.diffusion import ClassifierFreeGuidance, resolve_schedule
+        from diffit.diffusion import ClassifierFreeGuidance
 
         guidance = self.config.guidance
         if not (self.conditional and guidance.enabled and guidance.scale != 1):
@@ -199,12 +198,24 @@ class Generation:
             labels,
             self.num_classes,
             guidance.scale,
-            resolve_schedule(guidance.schedule, self.checkpoint.network.input_size),
+            self._schedule(),
             guidance.power,
             None if guidance.channels == "all" else guidance.channels,
             guidance.interval,
             self.config.diffusion.diffusion_steps,
         )
+
+    def _schedule(self) -> Schedule:
+        """The guidance schedule. EDM's is constant.
+
+        There the raw prediction F is what is guided: the denoised image is an affine function of it, so that guiding
+        either is the same.
+        """
+        from diffit.diffusion import resolve_schedule
+
+        if self.config.process == "edm":
+            return "constant"
+        return resolve_schedule(self.config.guidance.schedule, self.checkpoint.network.input_size)
 
     def _finish(self) -> Path:
         """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""

@@ -1,4 +1,4 @@
-"""The training loop: cached latents -> noisy latents -> loss -> optimizer -> EMA -> checkpoint."""
+"""The training loop: images or cached latents -> noise -> loss -> optimizer -> EMA -> checkpoint."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from tqdm import tqdm
 
 from diffit import distributed
 from diffit.checkpoint import find_checkpoint, load_weights, save_checkpoint, write_atomically
-from diffit.codec import VAECodec
+from diffit.codec import VAECodec, create_codec
 from diffit.config.parser import as_tree
-from diffit.config.train import OptimizerConfig, TrainTask
-from diffit.data.batches import Batch, LatentBatches
-from diffit.data.datasets import fashion_mnist
+from diffit.config.train import OptimizerConfig, TrainConfig, TrainTask
+from diffit.data.batches import Batch, Batches, Clean, Latents, Pixels, dropout_seed
+from diffit.data.datasets import DATASETS, ImageArrays
 from diffit.data.latents import cached_moments
 from diffit.device import autocast, resolve_device, set_matmul_precision
-from diffit.diffusion import create_diffusion
+from diffit.diffusion import EDM, GaussianDiffusion, create_diffusion
 from diffit.diffusion.gaussian import TrainingLosses
-from diffit.ema import EMA
+from diffit.diffusion.settings import EDMConfig, ProcessConfig
+from diffit.ema import EMA, half_life_decay, ramped_decay
 from diffit.logs import JsonLog
 from diffit.models.zoo import build_model
 
@@ -54,6 +55,20 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warm * decay
 
 
+def averaging_decay(config: TrainConfig, step: int) -> float:
+    """The decay of the averaged weights at optimizer step `step`, counted from 1."""
+    if config.ema_half_life is None:
+        return ramped_decay(config.ema_decay, step)
+    return half_life_decay(config.ema_half_life, config.batch_size, step)
+
+
+def create_process(config: ProcessConfig) -> GaussianDiffusion | EDM:
+    """The process that a config describes, for its training_losses."""
+    if isinstance(config, EDMConfig):
+        return EDM(config)
+    return create_diffusion("", config.noise_schedule, config.learn_sigma, config.diffusion_steps)
+
+
 class Training:
     """One run, as seen by one process."""
 
@@ -62,15 +77,13 @@ class Training:
         self.recipe, self.device, self.world = task.recipe, device, world
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        data = fashion_mnist(config.data.path)
+        data = DATASETS[config.data.name](config.data.path)
         self.description = config.checkpoint_config(data.class_names, "")
         self.batches = self._batches(data)
-        self.diffusion = create_diffusion(
-            "", config.diffusion.noise_schedule, config.diffusion.learn_sigma, config.diffusion.diffusion_steps
-        )
+        self.process = create_process(config.process_config)
         torch.manual_seed(config.seed)  # the same initial weights in every process
         self.model = self._initial_model().to(device)
-        self.ema = EMA(self.model, config.ema_decay)
+        self.ema = EMA(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -80,24 +93,49 @@ class Training:
         self._restore()
         self.forward = self._wrapped_model()
 
-    def _batches(self, data: Any) -> LatentBatches:
+    def _batches(self, data: ImageArrays) -> Batches:
         size, processes = self.config.batch_size, self.world.size
         if size % processes:
             raise ValueError(f"--batch_size {size} cannot be shared by {processes} processes: choose a multiple")
-        codec = VAECodec(self.config.codec, self.device)
-        cache = self.run_dir / "cache"
-        distributed.on_main(self.world, lambda: bool(len(cached_moments(data, codec, cache))))
         share = size // processes
-        return LatentBatches(
-            cached_moments(data, codec, cache).to(self.device),
-            torch.from_numpy(data.labels).to(self.device),
-            codec,
+        return Batches(
+            self._clean(data),
+            self._labels(data),
+            self.config.process_config,
             self.config.seed,
             size,
-            self.config.diffusion.diffusion_steps,
             self.description.network.class_dropout_prob,
             slice(self.world.rank * share, (self.world.rank + 1) * share),
         )
+
+    def _clean(self, data: ImageArrays) -> Clean:
+        """The data set as the codec has it, on the device."""
+        codec = create_codec(self.config.codec, self.device)
+        clean: Clean
+        if isinstance(codec, VAECodec):
+            cache = self.run_dir / "cache"
+            distributed.on_main(self.world, lambda: bool(len(cached_moments(data, codec, cache))))
+            clean = Latents(cached_moments(data, codec, cache).to(self.device), codec)
+        else:
+            clean = Pixels(torch.from_numpy(data.images).to(self.device), codec, self.config.data.augment)
+        network = self.description.network
+        expected = (network.in_channels, network.input_size, network.input_size)
+        if clean.shape != expected:
+            raise ValueError(
+                f"the data are {'x'.join(map(str, clean.shape))} and {self.config.model} takes "
+                f"{'x'.join(map(str, expected))}: set --network or --codec to fit"
+            )
+        return clean
+
+    def _labels(self, data: ImageArrays) -> Tensor:
+        """The label of every image, on the device; null for an unconditional network."""
+        num_classes = self.description.network.num_classes
+        if num_classes and num_classes <= data.labels.max():
+            raise ValueError(
+                f"the data have {data.labels.max() + 1} classes and {self.config.model} takes {num_classes}: set "
+                "num_classes in --network"
+            )
+        return torch.from_numpy(data.labels if num_classes else 0 * data.labels).to(self.device)
 
     def _initial_model(self) -> nn.Module:
         """A fresh network, or the one that --init_from names."""
@@ -157,14 +195,15 @@ class Training:
         """One optimizer step; returns the losses and the gradient norm."""
         settings = self.config.optimizer
         self.optimizer.param_groups[0]["lr"] = learning_rate(settings, step, self.config.steps)
-        losses = self.diffusion.training_losses(
-            lambda x, t: self.forward(x, t, batch.y, batch.drop_label), batch.x_start, batch.t, batch.noise
+        torch.manual_seed(dropout_seed(self.config.seed, step, self.world.rank))
+        losses = self.process.training_losses(
+            lambda x, t: self.forward(x, t, **batch.conditions), batch.x_start, batch.t, batch.noise
         )
         self.optimizer.zero_grad(set_to_none=True)
         losses.loss.mean().backward()
         norm = nn.utils.clip_grad_norm_(self.trained, settings.grad_clip or math.inf)
         self.optimizer.step()
-        self.ema.update(self.model, step + 1)
+        self.ema.update(self.model, averaging_decay(self.config, step + 1))
         return losses, norm
 
     def _save(self) -> None:

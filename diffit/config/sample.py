@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from diffit.checkpoint import CheckpointConfig, Source, find_checkpoint
-from diffit.codec import CodecConfig
+from diffit.codec import PIXELS, CodecConfig
 from diffit.config.parser import build_parser, config_first, fail, parse
 from diffit.config.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.device import Device, Precision
-from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig
+from diffit.diffusion.settings import (
+    DiffusionConfig,
+    EDMConfig,
+    GuidanceConfig,
+    Process,
+    ProcessConfig,
+    SamplingConfig,
+    check_process,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class SampleConfig:
         save_png: also write every sample as a PNG file.
         overwrite: replace samples made with other settings.
         dry_run: print the resolved config and stop.
+        process: the one that the network was trained for, as the checkpoint says.
     """
 
     model: str | None = None
@@ -52,9 +61,15 @@ class SampleConfig:
     save_png: bool = False
     overwrite: bool = False
     dry_run: bool = False
+    process: Process = "gaussian"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    edm: EDMConfig = field(default_factory=EDMConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+    @property
+    def process_config(self) -> ProcessConfig:
+        return self.edm if self.process == "edm" else self.diffusion
 
 
 @dataclass(frozen=True)
@@ -84,14 +99,15 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
         arguments = upstream_arguments(config_first(sys.argv[1:] if argv is None else argv))
         named = parse(parser, arguments)
         source, checkpoint = find_checkpoint(named.model, named.model_path, named.image_size)
-        recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size}
-        for node in ("diffusion", "sampling", "guidance"):
+        recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size, "process": checkpoint.process}
+        for node in ("diffusion", "edm", "sampling", "guidance"):
             for key, value in asdict(getattr(checkpoint, node)).items():
                 recommended[f"{node}.{key}"] = value
         parser.set_defaults(recommended)
         tree = parser.instantiate(parse(parser, arguments))
         config = SampleConfig(**{name: tree[name] for name in SampleConfig.__dataclass_fields__})
         _check_sample(config)
+        _check_against(config, source, checkpoint)
     except (ValueError, OSError) as error:
         fail(str(error))
     return SampleTask(config, source, checkpoint)
@@ -105,3 +121,11 @@ def _check_sample(config: SampleConfig) -> None:
         raise ValueError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
     if config.class_labels is not None and not config.class_labels:
         raise ValueError("--class_labels needs at least one class")
+
+
+def _check_against(config: SampleConfig, source: Source, checkpoint: CheckpointConfig) -> None:
+    if config.process != checkpoint.process:
+        raise ValueError(f"{source} was trained for the {checkpoint.process} process: leave --process out")
+    if config.vae and checkpoint.codec.vae == PIXELS:
+        raise ValueError(f"{source} makes pixels, which no VAE has to decode: leave --vae out")
+    check_process(config.process, config.sampling, config.guidance)

@@ -8,11 +8,19 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from diffit.checkpoint import CheckpointConfig
-from diffit.codec import CodecConfig
+from diffit.codec import PIXELS, CodecConfig
 from diffit.config.parser import build_parser, config_first, fail, parse
 from diffit.device import Device, Precision
-from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig
-from diffit.models.zoo import model_config
+from diffit.diffusion.settings import (
+    DiffusionConfig,
+    EDMConfig,
+    GuidanceConfig,
+    Process,
+    ProcessConfig,
+    SamplingConfig,
+    check_process,
+)
+from diffit.models.zoo import DiffiTConfig, model_config
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,12 @@ class DataConfig:
     Args:
         name: the data set.
         path: the folder of its files; by default an installed copy, or else it is downloaded to data/.
+        augment: probability of each transform of EDM's augmentation, of pixels only; 0 is no augmentation at all.
     """
 
-    name: Literal["fashion_mnist"] = "fashion_mnist"
+    name: Literal["fashion_mnist", "cifar10"] = "fashion_mnist"
     path: str | None = None
+    augment: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,13 +65,15 @@ class TrainConfig:
 
     Args:
         model: a size of the zoo.
-        network: fields of the network's config to replace, such as {depth: 30}.
+        network: fields of the network's config to replace, such as {depth: 30} or {blocks: [4, 4, 4]}.
         run_dir: folder of checkpoints and logs; the same command again resumes from its newest checkpoint.
         init_from: start a new run from the weights of another checkpoint of the same network.
         steps: optimizer steps of the whole run.
         batch_size: images of a step, over all processes.
         seed: of initialisation, order of images, timesteps, noise and dropped labels.
         ema_decay: of the averaged weights, which are sampled from.
+        ema_half_life: the same in images, in place of ema_decay: after so many, an old weight counts half. As in EDM it
+            is at most 5% of the images seen so far.
         device: where to run; auto takes a GPU if there is one.
         precision: of the network in the forward and backward pass; weights stay in fp32.
         compile: compile the network with torch.compile.
@@ -70,18 +82,21 @@ class TrainConfig:
         keep: how many of the newest checkpoints stay.
         sampling: what the checkpoint recommends to sample.py.
         guidance: what the checkpoint recommends to sample.py.
-        codec: the VAE.
+        codec: the VAE, or pixels.
+        process: the denoising process: gaussian (latent models) or edm (models of pixels); its settings are in the node
+            diffusion or edm.
         dry_run: print the resolved config and stop.
     """
 
     model: str = "Diffit"
-    network: dict[str, int | float | bool] = field(default_factory=dict)
+    network: dict[str, int | float | bool | list[int]] = field(default_factory=dict)
     run_dir: str = "runs/train"
     init_from: str | None = None
     steps: int = 400_000
     batch_size: int = 256
     seed: int = 0
     ema_decay: float = 0.9999
+    ema_half_life: float | None = None
     device: Device = "auto"
     precision: Precision = "tf32"
     compile: bool = False
@@ -91,17 +106,34 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    process: Process = "gaussian"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    edm: EDMConfig = field(default_factory=EDMConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     dry_run: bool = False
 
     def checkpoint_config(self, class_names: tuple[str, ...], made_by: str) -> CheckpointConfig:
         """What a checkpoint of this run says about itself."""
-        network = replace(model_config(self.model, **self.network), learn_sigma=self.diffusion.learn_sigma)
+        network = model_config(self.model, **self.network)
+        if isinstance(network, DiffiTConfig):
+            network = replace(network, learn_sigma=self.diffusion.learn_sigma)
         return CheckpointConfig(
-            self.model, network, self.diffusion, self.sampling, self.guidance, self.codec, class_names, made_by
+            model=self.model,
+            network=network,
+            process=self.process,
+            diffusion=self.diffusion,
+            edm=self.edm,
+            sampling=self.sampling,
+            guidance=self.guidance,
+            codec=self.codec,
+            class_names=class_names if network.num_classes else (),
+            made_by=made_by,
         )
+
+    @property
+    def process_config(self) -> ProcessConfig:
+        return self.edm if self.process == "edm" else self.diffusion
 
 
 @dataclass(frozen=True)
@@ -131,11 +163,19 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
 
 
 def _check(config: TrainConfig) -> None:
-    model_config(config.model, **config.network)
+    network = model_config(config.model, **config.network)
+    fitting = ("gaussian", "latents") if isinstance(network, DiffiTConfig) else ("edm", "pixels")
+    if (config.process, "pixels" if config.codec.vae == PIXELS else "latents") != fitting:
+        raise ValueError(f"{config.model} needs --process {fitting[0]} and a --codec.vae of {fitting[1]}")
+    check_process(config.process, config.sampling, config.guidance)
+    if not 0 <= config.data.augment <= 1 or (config.data.augment and config.codec.vae != PIXELS):
+        raise ValueError(f"--data.augment is a probability, and for pixels only: it cannot be {config.data.augment}")
     for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
     if not 0 <= config.ema_decay < 1:
         raise ValueError(f"--ema_decay must lie in [0, 1), not {config.ema_decay}")
+    if config.ema_half_life is not None and config.ema_half_life <= 0:
+        raise ValueError(f"--ema_half_life must be above 0 images, not {config.ema_half_life}")
     if config.precision == "fp16":
         raise ValueError("training in fp16 needs loss scaling, which is not there: choose --precision bf16")

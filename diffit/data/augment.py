@@ -15,8 +15,7 @@ angles turn counter-clockwise as seen.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -44,6 +43,10 @@ class Augmentation:
     x_shift: Tensor  # in eighths of the width
     y_shift: Tensor  # in eighths of the height
 
+    def __getitem__(self, part: slice) -> "Augmentation":
+        """What is done to some of the images."""
+        return Augmentation(*(getattr(self, field.name)[part] for field in fields(self)))
+
     def labels(self) -> Tensor:
         """What the network is told, float32 [B, 9]."""
         columns = [self.x_flip, self.y_flip, self.scale, self.rotation.cos() - 1, self.rotation.sin()]
@@ -66,13 +69,13 @@ def rotation_matrix(angle: Tensor) -> Tensor:
     return torch.stack([cos, sin, -sin, cos], dim=1).view(-1, 2, 2)  # [B, 2, 2]
 
 
-def draw_augmentation(generators: Sequence[np.random.Generator], probability: float) -> Augmentation:
-    """Draw what is done to each image from its own generator (always 10 uniform and 4 normal numbers).
+def draw_augmentation(generator: np.random.Generator, count: int, probability: float) -> Augmentation:
+    """Draw what is done to each of `count` images (always 10 uniform and 4 normal numbers an image).
 
     Every transform is applied with that probability; the flip in x always is, and either flip is a fair coin then.
     """
-    uniform = torch.from_numpy(np.stack([generator.random(10) for generator in generators], axis=1))  # [10, B]
-    normal = torch.from_numpy(np.stack([generator.standard_normal(4) for generator in generators], axis=1))  # [4, B]
+    uniform = torch.from_numpy(generator.random((10, count)))  # [10, B]
+    normal = torch.from_numpy(generator.standard_normal((4, count)))  # [4, B]
     y_flip, scale, rotation, stretch, shift = (uniform[:5] < probability).double()
     x_coin, y_coin, tilted = (uniform[5:8] < 0.5).double()
     turn, axis = math.pi * (2 * uniform[8:] - 1)

@@ -48,6 +48,17 @@ def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageAr
     return ImageArrays(images[..., None], labels.astype(np.int64), FASHION_CLASSES)
 
 
+def cifar10(path: str | Path | None = None) -> ImageArrays:
+    """CIFAR-10's training images, [50000, 32, 32, 3], through torchvision, which downloads them once to `path`.
+
+    path: the folder that holds (or gets) `cifar-10-batches-py`; `data/` by default.
+    """
+    from torchvision.datasets import CIFAR10
+
+    data = CIFAR10(path or "data", download=True)
+    return ImageArrays(data.data, np.asarray(data.targets, np.int64), tuple(data.classes))
+
+
 def _fashion_folder(path: Path | None) -> Path:
     if path is not None or DEBIAN_FASHION.is_dir():
         return path or DEBIAN_FASHION
@@ -68,3 +79,6 @@ def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
     raise FileNotFoundError(
         f"{folder} does not hold Fashion-MNIST: expected {name}.gz there; leave the path out to have it downloaded"
     )
+
+
+DATASETS = {"fashion_mnist": fashion_mnist, "cifar10": cifar10}

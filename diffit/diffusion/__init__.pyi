@@ -1,3 +1,4 @@
+from .edm import EDM as EDM
 from .edm import EDMPrecond as EDMPrecond
 from .edm import edm_loss as edm_loss
 from .edm import edm_sampler as edm_sampler
@@ -7,6 +8,5 @@ from .guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .guidance import guidance_weight as guidance_weight
 from .guidance import resolve_schedule as resolve_schedule
 from .noise import SampleNoise as SampleNoise
-from .samplers import SAMPLERS as SAMPLERS
 from .samplers import create_sampler as create_sampler
 from .schedule import space_timesteps as space_timesteps

@@ -2,7 +2,7 @@
 
 Letters: B batch, c channels, sigma the noise level: x = image + sigma * noise. A `denoiser` is any callable
 (x [B, c, h, w], sigma [B]) -> the expected image [B, c, h, w]; a `network` any callable
-(x [B, c, h, w] of unit variance, c_noise [B]) -> [B, c, h, w].
+(x [B, c, h, w] of unit variance, c_noise [B]) -> [B, c, h, w]: what the samplers of all processes call a model.
 """
 
 import math
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffit.diffusion.samplers import NoiseSource, SamplerState
+from diffit.diffusion.gaussian import Model, TrainingLosses
+from diffit.diffusion.losses import mean_flat
+from diffit.diffusion.samplers import NoiseSource, Sampler, SamplerState
+from diffit.diffusion.settings import EDMConfig, SamplingConfig
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,6 +72,21 @@ def edm_loss(
     sigma = (p_mean + p_std * rnd_normal).exp().reshape(-1, 1, 1, 1)  # [B, 1, 1, 1]
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return weight * (denoiser(images + sigma * noise, sigma.flatten()) - images) ** 2  # [B, c, h, w]
+
+
+@dataclass(frozen=True)
+class EDM:
+    """The process as training sees it, with the call of GaussianDiffusion."""
+
+    config: EDMConfig
+
+    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor) -> TrainingLosses:
+        """`edm_loss` per sample. x_start, noise: [B, c, h, w]; t: standard normal [B], for the noise level."""
+        config = self.config
+        denoiser = EDMPrecond(model, config.sigma_data)
+        losses = edm_loss(denoiser, x_start, noise, t, config.sigma_data, config.p_mean, config.p_std)  # [B, c, h, w]
+        mse = mean_flat(losses)
+        return TrainingLosses(mse, mse, torch.zeros_like(mse))
 
 
 def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -158,3 +176,21 @@ def edm_sampler(
     """
     states = heun_states(denoiser, z, num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, noise)
     return deque(states, maxlen=1).pop().x
+
+
+def heun_sampler(process: EDMConfig, config: SamplingConfig) -> Sampler:
+    """The sampler with the call of all others: its model is the raw network F.
+
+    Raises:
+        ValueError: if the number of steps is not an integer above 0, or the noise levels do not fall.
+    """
+    if not isinstance(config.num_sampling_steps, int):
+        raise ValueError(f"heun takes a number of steps, not '{config.num_sampling_steps}'")
+    levels = (config.num_sampling_steps, process.sigma_min, process.sigma_max, process.rho)
+    edm_sigmas(*levels)
+    churn = (config.s_churn, config.s_min, math.inf if config.s_max is None else config.s_max, config.s_noise)
+
+    def sample(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
+        return heun_states(EDMPrecond(model, process.sigma_data), z, *levels, *churn, noise)
+
+    return sample

@@ -1,6 +1,6 @@
 """Samplers: generators of states from noise to sample, all with one signature. The caller adds bars and previews.
 
-    for state in create_sampler(diffusion_config, sampling_config)(model, z, noise):
+    for state in create_sampler(process_config, sampling_config)(model, z, noise):
         ...
     state.x
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffit.diffusion.gaussian import GaussianDiffusion, Model, create_diffusion
-from diffit.diffusion.settings import DiffusionConfig, SamplingConfig
+from diffit.diffusion.settings import SAMPLERS, DiffusionConfig, EDMConfig, ProcessConfig, SamplingConfig, process_of
 
 NoiseSource = Callable[[], Tensor]
 
@@ -76,20 +76,26 @@ def _fast_solver(diffusion_config: DiffusionConfig, config: SamplingConfig) -> S
     return solver_sampler(create_diffusion(**asdict(diffusion_config)), config)
 
 
-SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
+def _heun(edm_config: EDMConfig, config: SamplingConfig) -> Sampler:
+    from diffit.diffusion.edm import heun_sampler
+
+    return heun_sampler(edm_config, config)
 
 
-def create_sampler(diffusion_config: DiffusionConfig, config: SamplingConfig) -> Sampler:
+def create_sampler(process: ProcessConfig, config: SamplingConfig) -> Sampler:
     """The sampler that a config names.
 
     Raises:
-        ValueError: if the sampler is unknown, or the steps do not fit the process.
+        ValueError: if the sampler or its steps do not fit the process.
     """
+    known = SAMPLERS[process_of(process)]
+    if config.sampler not in known:
+        raise ValueError(f"unknown sampler '{config.sampler}' of this process: choose one of {', '.join(known)}")
+    if isinstance(process, EDMConfig):
+        return _heun(process, config)
     if config.sampler in ("dpm++", "unipc"):
-        return _fast_solver(diffusion_config, config)
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler '{config.sampler}': choose one of {', '.join(SAMPLERS)}")
+        return _fast_solver(process, config)
     if not 0 <= config.eta <= 1:
         raise ValueError(f"eta must lie between 0 and 1, not {config.eta}")
-    diffusion = create_diffusion(timestep_respacing=config.num_sampling_steps, **asdict(diffusion_config))
+    diffusion = create_diffusion(timestep_respacing=config.num_sampling_steps, **asdict(process))
     return ddpm_sampler(diffusion, config) if config.sampler == "ddpm" else ddim_sampler(diffusion, config)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Process = Literal["gaussian", "edm"]
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:
@@ -20,21 +22,54 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class EDMConfig:
+    """The EDM process that a network was trained for: x = image + sigma * noise.
+
+    Args:
+        sigma_data: standard deviation of the images.
+        sigma_min: lowest noise level that sampling visits.
+        sigma_max: highest noise level, where sampling starts.
+        rho: how the levels in between crowd towards the low end.
+        p_mean: mean of ln sigma in training.
+        p_std: standard deviation of ln sigma in training.
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+
+ProcessConfig = DiffusionConfig | EDMConfig
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How noise becomes a sample.
 
     Args:
-        sampler: ddpm is the published one; ddim, dpm++ and unipc need fewer steps.
+        sampler: of the Gaussian process, ddpm is the published one; ddim, dpm++ and unipc need fewer steps. heun is
+            that of EDM.
         num_sampling_steps: how many of the T steps are taken; also "ddim50" (fixed integer stride) or "10,15,20"
             (steps per equal section) for ddpm and ddim.
         eta: noise of ddim, 0 (deterministic) to 1 (ancestral).
         clip_denoised: clamp the predicted x_start to [-1, 1] at every step; for pixels, not for latents.
+        s_churn: noise that heun puts back over all steps; 0 is deterministic.
+        s_min: lowest noise level at which heun puts noise back.
+        s_max: highest such level; none by default.
+        s_noise: standard deviation of that noise.
     """
 
-    sampler: Literal["ddpm", "ddim", "dpm++", "unipc"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "heun"] = "ddpm"
     num_sampling_steps: int | str = 250
     eta: float = 0.0
     clip_denoised: bool = False
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float | None = None
+    s_noise: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +79,8 @@ class GuidanceConfig:
     Args:
         scale: guidance scale s; 1 is no guidance.
         enabled: False samples class-conditionally without guidance, whatever the scale.
-        schedule: weight over time; auto is power_cosine up to 32x32 latents and constant above, as published.
+        schedule: weight over time; auto is power_cosine up to 32x32 latents and constant above, as published. EDM has
+            constant alone.
         power: exponent of power_cosine.
         channels: how many noise channels are guided: 3 reproduces the published numbers, 'all' is the textbook form.
         interval: [first, last] timestep (of T) at which guidance acts, inclusive; everywhere by default.
@@ -56,3 +92,27 @@ class GuidanceConfig:
     power: float = 4.0
     channels: int | Literal["all"] = 3
     interval: tuple[int, int] | None = None
+
+
+SAMPLERS: dict[Process, tuple[str, ...]] = {"gaussian": ("ddpm", "ddim", "dpm++", "unipc"), "edm": ("heun",)}
+
+
+def process_of(config: ProcessConfig) -> Process:
+    """The name of the process that a config describes."""
+    return "edm" if isinstance(config, EDMConfig) else "gaussian"
+
+
+def check_process(process: Process, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
+    """Refuse settings that mean nothing to a process.
+
+    Raises:
+        ValueError: if its samplers are others, or guidance is over timesteps that it does not have.
+    """
+    if sampling.sampler not in SAMPLERS[process]:
+        choices = " or ".join(SAMPLERS[process])
+        raise ValueError(f"the {sampling.sampler} sampler does not fit the {process} process: choose {choices}")
+    if process == "edm" and (guidance.schedule == "power_cosine" or guidance.interval is not None):
+        raise ValueError(
+            "the edm process has no timesteps for --guidance.schedule power_cosine or --guidance.interval to go by: "
+            "leave them out"
+        )

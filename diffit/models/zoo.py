@@ -67,7 +67,7 @@ ZOO: dict[str, NetworkConfig] = {
 
 
 def model_config(name: str, **overrides: Any) -> NetworkConfig:
-    """The config of a registered size, with some fields replaced.
+    """The config of a registered size, with some fields replaced; lists, as YAML and JSON have them, become tuples.
 
     Raises:
         ValueError: if the name is not registered, or an override is not a field of its config.
@@ -78,7 +78,10 @@ def model_config(name: str, **overrides: Any) -> NetworkConfig:
     for key in overrides:
         if key not in known:
             raise ValueError(f"unknown network setting '{key}' for {name}: it has {', '.join(known)}")
-    return replace(ZOO[name], **overrides)
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()
+    }
+    return replace(ZOO[name], **values)
 
 
 def build_model(config: NetworkConfig) -> nn.Module:

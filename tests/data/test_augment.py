@@ -130,7 +130,7 @@ def test_labels():
 def test_draws():
     """Frequencies and distributions over many images."""
     count, probability = 20_000, 0.3
-    drawn = draw_augmentation([np.random.default_rng((1, i)) for i in range(count)], probability)
+    drawn = draw_augmentation(np.random.default_rng(1), count, probability)
     error = 4 * math.sqrt(0.25 / count)
     applied = {name: float((getattr(drawn, name) != 0).double().mean()) for name in NAMES}
     expected = {"x_flip": 0.5, "y_flip": probability / 2, "axis": probability / 2}
@@ -150,17 +150,17 @@ def test_draws():
     assert float(together) == pytest.approx(probability**2, abs=error)
 
 
-def test_an_image_depends_on_its_own_generator():
-    """Neither its place in the batch nor its neighbours matter."""
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
+    """Neither an image's place in the batch nor its neighbours matter."""
     images = torch.rand(6, 3, 16, 16)
-    together = augment(images, draw_augmentation([np.random.default_rng(i) for i in range(6)], 0.8))
-    for i in (1, 4):
-        alone = augment(images[i : i + 1], draw_augmentation([np.random.default_rng(i)], 0.8))
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-6)
+    augmentation = draw_augmentation(np.random.default_rng(0), 6, 0.8)
+    together = augment(images, augmentation)
+    for part in (slice(1, 2), slice(4, 6)):
+        torch.testing.assert_close(together[part], augment(images[part], augmentation[part]), rtol=0, atol=1e-6)
     assert (together - images).abs().amax((1, 2, 3)).min() > 0.01
 
 
 def test_probability_zero_flips_only():
-    drawn = draw_augmentation([np.random.default_rng(i) for i in range(50)], 0.0)
+    drawn = draw_augmentation(np.random.default_rng(0), 50, 0.0)
     assert torch.equal(drawn.labels()[:, 1:], torch.zeros(50, 8))
     assert set(drawn.x_flip.tolist()) == {0.0, 1.0}
