@@ -338,7 +338,8 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], config: CheckpointConf
     """
     from safetensors.torch import save
 
-    content = save({k: v.contiguous() for k, v in state.items()}, {"format": "pt", _METADATA_KEY: config.to_json()})
+    # A single key: safetensors writes several in random order, and equal checkpoints should be equal files.
+    content = save({k: v.contiguous() for k, v in state.items()}, {_METADATA_KEY: config.to_json()})
     write_atomically(path, content)
 
 

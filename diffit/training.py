@@ -212,8 +212,7 @@ class Training:
             folder = self.checkpoints / f"{self.step:08d}"
             temporary = folder.with_suffix(".part")
             temporary.mkdir(parents=True, exist_ok=True)
-            made_by = f"{self.recipe}, {self.step} steps of {self.config.batch_size} images"
-            description = self.config.checkpoint_config(self.description.class_names, made_by)
+            description = self.config.checkpoint_config(self.description.class_names, self._made_by())
             save_checkpoint(temporary / EMA_FILE, self.ema.model.state_dict(), description)
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
             torch.save(state, temporary / STATE_FILE)
@@ -223,6 +222,13 @@ class Training:
             for old in self._complete()[: -self.config.keep]:
                 shutil.rmtree(old)
         distributed.barrier(self.world)
+
+    def _made_by(self) -> str:
+        """The recipe, how far it was followed, and what it started from."""
+        here = f"{self.recipe}, {self.step} steps of {self.config.batch_size} images"
+        if self.config.init_from is None:
+            return here
+        return f"{here}, after {find_checkpoint(path=self.config.init_from)[1].made_by}"
 
     def _complete(self) -> list[Path]:
         """Checkpoints that were written to the end, oldest first."""

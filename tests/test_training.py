@@ -1,6 +1,7 @@
 """Training on small real files: resume, processes, averages and what the run leaves behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +12,17 @@ import torch
 from diffit import load_model
 from diffit.config.train import OptimizerConfig, parse_train
 from diffit.data.batches import image_order
-from diffit.ema import EMA
+from diffit.ema import EMA, ramped_decay
 from diffit.training import learning_rate, train
 from tests.conftest import ROOT
 from tests.small_models import save_small_vae, write_fashion_files
 
-SMALL = ["--model", "Diffit-S", "--network", "{input_size:16,hidden_size:16,depth:1,num_heads:2,num_classes:10}", "--codec.factor", "2", "--batch_size", "8", "--steps", "6", "--save_every", "2", "--log_every", "1", "--precision", "fp32", "--device", "cpu", "--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1", "--ema_decay", "0.9"]
+NETWORK = "{input_size: 16, hidden_size: 16, depth: 1, num_heads: 2, num_classes: 10}"
+SMALL = [
+    *["--model", "Diffit-S", "--codec.factor", "2", "--batch_size", "8", "--steps", "6", "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9"],
+    *["--precision", "fp32", "--device", "cpu", "--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1"],
+    *("--network", NETWORK),
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +43,10 @@ def log_of(run_dir, *keys):
 
 def test_a_run_resumes_bit_for_bit(flags, tmp_path):
     whole = run(flags, tmp_path / "whole")
-    # Stopped for good after the checkpoint at step 4, having logged step 5: that line is forgotten and written anew.
+    # As if killed while writing its last checkpoint: what it logged after step 4 is forgotten and written anew.
     again = tmp_path / "again"
     run(flags, again)
-    for folder in ("00000006",):
-        for file in (again / "checkpoints" / folder).iterdir():
-            file.unlink()
-        (again / "checkpoints" / folder).rmdir()
+    shutil.rmtree(again / "checkpoints" / "00000006")
     resumed = run(flags, again)
     assert resumed.read_bytes() == whole.read_bytes()
     keys = ("step", "images", "lr", "loss", "mse", "vb", "grad_norm")
@@ -76,7 +79,7 @@ def test_a_checkpoint_says_what_it_is_and_samples(flags, tmp_path):
 def test_another_network_in_the_same_folder_is_refused(flags, tmp_path):
     run(flags, tmp_path / "run", "--steps", "2")
     with pytest.raises(ValueError, match="another network"):
-        run(flags, tmp_path / "run", "--network", "{input_size:16,hidden_size:32,depth:1,num_heads:2,num_classes:10}")
+        run(flags, tmp_path / "run", "--network", NETWORK.replace("size: 16, d", "size: 32, d"))
 
 
 def test_a_new_run_starts_from_another(flags, tmp_path):
@@ -84,7 +87,8 @@ def test_a_new_run_starts_from_another(flags, tmp_path):
     run(
         flags, tmp_path / "second", "--init_from", str(first), "--steps", "1", "--optimizer.lr", "0", "--ema_decay", "0"
     )
-    second = load_model(tmp_path / "second" / "checkpoints" / "00000001" / "ema.safetensors")[0]
+    second, config = load_model(tmp_path / "second" / "checkpoints" / "00000001" / "ema.safetensors")
+    assert config.made_by == "command line, 1 steps of 8 images, after command line, 6 steps of 8 images"
     for name, value in load_model(first)[0].state_dict().items():
         assert torch.equal(second.state_dict()[name], value)
 
@@ -100,14 +104,16 @@ def test_order_is_a_permutation_per_epoch_and_knows_no_batches():
 
 def test_ema_is_its_recursion():
     model = torch.nn.Linear(2, 1)
-    ema = EMA(model, 0.7)
+    ema = EMA(model)
     expected = model.weight.detach().clone()
     for step in range(1, 20):
         torch.nn.init.normal_(model.weight)
-        ema.update(model, step)
-        decay = min(0.7, (1 + step) / (10 + step))
+        decay = ramped_decay(0.7, step)
+        ema.update(model, decay)
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(ema.model.weight, expected)
+    assert ramped_decay(0.7, 1) == 2 / 11
+    assert ramped_decay(0.7, 100) == 0.7
 
 
 def test_learning_rate():
