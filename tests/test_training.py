@@ -19,9 +19,9 @@ from tests.small_models import save_small_vae, write_fashion_files
 
 NETWORK = "{input_size: 16, hidden_size: 16, depth: 1, num_heads: 2, num_classes: 10}"
 SMALL = [
-    *["--model", "Diffit-S", "--codec.factor", "2", "--batch_size", "8", "--steps", "6", "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9"],
-    *["--precision", "fp32", "--device", "cpu", "--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1"],
-    *("--network", NETWORK),
+    *("--model", "Diffit-S", "--network", NETWORK, "--codec.factor", "2", "--batch_size", "8", "--ema_decay", "0.9"),
+    *("--steps", "6", "--save_every", "2", "--log_every", "1", "--precision", "fp32", "--device", "cpu"),
+    *("--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1"),
 ]
 
 
