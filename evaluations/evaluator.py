@@ -211,9 +211,9 @@ def known_device(name: str) -> torch.device:
     return device
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """0 if all went well, 1 if the self-test failed, 2 for what the user can mend."""
-    args = parse()
+    args = parse(arguments)
     world = World()
     try:
         world = start(known_device(args.device))

@@ -6,7 +6,6 @@ Letters: N samples, D features, K classes. All arithmetic is float64.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,38 +20,51 @@ class SingularCovarianceWarning(UserWarning):
     """A covariance has no full rank: the distance is defined, but says little about D dimensions."""
 
 
-@dataclass
 class Moments:
     """Mean and covariance of a stream of features, batch by batch; two of them merge (Chan et al. 1979).
 
-    `scatter` is the sum of outer products of the centred features. It stays centred all the way, so no digits are lost
-    to a large mean.
+    What is added up are outer products of centred features, so no digits are lost to a large mean.
+
+    Attributes:
+        count, mean: N and the mean [D] of what was seen; the mean is empty before.
     """
 
-    count: int = 0
-    mean: Floats = field(default_factory=lambda: np.zeros(0))  # [D]
-    scatter: Floats = field(default_factory=lambda: np.zeros((0, 0)))  # [D, D]
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Floats = np.zeros(0)
+        self._scatter: Floats = np.zeros((0, 0))  # [D, D], the upper triangle alone
 
     def update(self, features: ArrayLike) -> None:
         """Add a batch of features [N, D]."""
         batch = np.asarray(features, dtype=np.float64)
-        if len(batch):
-            mean = batch.mean(axis=0)
-            centred = batch - mean
-            self.merge(Moments(len(batch), mean, centred.T @ centred))
+        if not len(batch):
+            return
+        if not self.count:
+            self.mean = np.zeros(batch.shape[1])
+            self._scatter = np.zeros((batch.shape[1],) * 2, order="F")
+        mean = batch.mean(axis=0)
+        # The step from the old mean to the batch's counts like one more centred sample.
+        step = self._step(mean, len(batch))
+        rows = np.vstack([batch - mean, step])
+        self._scatter = scipy.linalg.blas.dsyrk(1.0, rows.T, beta=1.0, c=self._scatter, overwrite_c=True)
+
+    def _step(self, mean: Floats, count: int) -> Floats:
+        """Move on to the mean of all with `count` more around another mean; returns that step, to be squared."""
+        total = self.count + count
+        shift = mean - self.mean
+        weight = np.sqrt(self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+        return shift * weight
 
     def merge(self, other: Moments) -> None:
         """Add all that another one has seen."""
-        if not other.count or not self.count:
-            if other.count:
-                self.count, self.mean, self.scatter = other.count, other.mean.copy(), other.scatter.copy()
-            return
-        total = self.count + other.count
-        shift = other.mean - self.mean
-        self.scatter += other.scatter
-        self.scatter += np.outer(shift * (self.count * other.count / total), shift)
-        self.mean = self.mean + shift * (other.count / total)
-        self.count = total
+        if not self.count:
+            self.count, self.mean, self._scatter = other.count, other.mean, other._scatter.copy(order="F")
+        elif other.count:
+            step = self._step(other.mean, other.count)
+            self._scatter += other._scatter
+            self._scatter += np.triu(np.outer(step, step))
 
     def covariance(self) -> Floats:
         """The unbiased covariance [D, D].
@@ -62,7 +74,7 @@ class Moments:
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
-        return self.scatter / (self.count - 1)
+        return (self._scatter + np.triu(self._scatter, 1).T) / (self.count - 1)
 
 
 def _square_root(sigma: Floats, name: str) -> Floats:
