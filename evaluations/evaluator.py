@@ -17,8 +17,7 @@ from typing import TypeVar
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
+from diffit.device import resolve_device
 from diffit.distributed import World, barrier, start, stop
 from evaluations.backends import Backend, create_backend
 from evaluations.checks import check_images, check_pair, label_histogram
@@ -28,6 +27,7 @@ from evaluations.scores import Scores, load_reference, score_images, share
 from evaluations.statistics import SingularCovarianceWarning
 
 T = TypeVar("T")
+_PROJECT = Path(__file__).resolve().parents[1]
 
 # ADM's README for its public pair, with what its half precision and other hardware may move.
 _PUBLIC = {
@@ -60,9 +60,7 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", metavar="MODULE:FILE", help="a classifier instead of Inception, see docs/evaluate.md"
     )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
 
 
@@ -71,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("reference", nargs="?", type=Path, help="default: ADM's for 256 or 512 pixels, fetched once")
     parser.add_argument("samples", nargs="?", type=Path, help="default: the newest samples_*.npz under --log_dir")
     parser.add_argument(
-        "--log_dir", type=Path, default=Path("logs"), help="where samples are looked for (default: logs)"
+        "--log_dir", type=Path, help="where samples are looked for (default: logs/ here, else of the project)"
     )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     parser.add_argument("--pr_fp16", type=boolean, default=False, help="precision/recall in ADM's half precision")
@@ -80,12 +78,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_samples(folder: Path) -> Path:
-    """The newest samples_*.npz under a folder.
+def find_samples(log_dir: Path | None) -> Path:
+    """The newest samples_*.npz under a folder; by default logs/ of this folder, or else of the project.
 
     Raises:
         FileNotFoundError: if there is none.
     """
+    folder = log_dir or next((path for path in (Path("logs"), _PROJECT / "logs") if path.is_dir()), Path("logs"))
     found = sorted(folder.rglob("samples_*.npz"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
@@ -200,23 +199,13 @@ def self_test(scores: Scores) -> bool:
     return good
 
 
-def known_device(name: str) -> torch.device:
-    """Raises ValueError if there is no such device."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: write cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this machine has no CUDA device that PyTorch can use; write --device cpu")
-    return device
-
-
 def main(arguments: list[str] | None = None) -> int:
     """0 if all went well, 1 if the self-test failed, 2 for what the user can mend."""
     args = parse(arguments)
     world = World()
     try:
-        world = start(known_device(args.device))
+        args.device = resolve_device(args.device)
+        world = start(args.device)
         if args.self_test:
             args.reference, args.samples = cached(REFERENCES[256]), cached(SELF_TEST_SAMPLES)
         scores = evaluate(args, world)

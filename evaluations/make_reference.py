@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from diffit.device import resolve_device
 from evaluations.backends import Backend, create_backend
-from evaluations.evaluator import add_backend_flags, known_device
+from evaluations.evaluator import add_backend_flags
 from evaluations.reader import Images
 from evaluations.scores import collect
 from evaluations.sources import ImageSource, open_source
@@ -75,8 +76,7 @@ def main() -> int:
         if args.out.suffix != ".npz":
             raise ValueError(f"{args.out} must end in .npz")
         source = open_source(args.source, args.image_size, args.data_root, args.padding)
-        device = known_device(args.device)
-        backend = create_backend(args.backend, args.weights, args.features, device)
+        backend = create_backend(args.backend, args.weights, args.features, resolve_device(args.device))
         make_reference(source, args.out, backend, args.num_images, args.seed, args.batch_size)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

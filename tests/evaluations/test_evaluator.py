@@ -95,7 +95,6 @@ def test_errors_are_one_sentence(files, tmp_path, monkeypatch, capsys):
     assert "make it first" in error_of(capsys, reference, samples, *FEATURES, *json_file)
     assert "no function load_features" in error_of(capsys, reference, samples, "--features", f"json:{samples}")
     assert "write MODULE:CHECKPOINT" in error_of(capsys, reference, samples, "--features", "judge.py")
-    assert "write cpu, cuda" in error_of(capsys, reference, samples, "--device", "gpu")
     assert "weights x.pb do not exist" in error_of(capsys, reference, samples, "--weights", "x.pb", "--device", "cpu")
 
 
