@@ -18,8 +18,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from diffit.device import resolve_device
-from diffit.distributed import World, barrier, start, stop
-from evaluations.backends import Backend, create_backend
+from diffit.distributed import World, on_main, start, stop
+from evaluations.backends import create_backend
 from evaluations.checks import check_images, check_pair, label_histogram
 from evaluations.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
 from evaluations.reader import ImageFile
@@ -108,8 +108,8 @@ def find_reference(samples: ImageFile) -> Path:
     return cached(REFERENCES[height])
 
 
-def prepare(args: argparse.Namespace) -> tuple[ImageFile, ImageFile, Backend]:
-    """Reference, samples and backend, with all that can be seen to be wrong before anything is computed.
+def open_files(args: argparse.Namespace) -> tuple[ImageFile, ImageFile]:
+    """Reference and samples, named or found.
 
     Raises:
         ValueError, FileNotFoundError: for all that a user can mend.
@@ -117,8 +117,7 @@ def prepare(args: argparse.Namespace) -> tuple[ImageFile, ImageFile, Backend]:
     if args.json and not args.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
     samples = ImageFile(args.samples or find_samples(args.log_dir))
-    reference = ImageFile(args.reference or find_reference(samples))
-    return reference, samples, create_backend(args.backend, args.weights, args.features, args.device)
+    return ImageFile(args.reference or find_reference(samples)), samples
 
 
 def inspect(reference: ImageFile, samples: ImageFile) -> list[str]:
@@ -145,8 +144,9 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     Raises:
         ValueError, FileNotFoundError: for all that a user can mend.
     """
-    reference, samples, backend = main_first(world, lambda: prepare(args))
-    found = inspect(reference, samples) if world.is_main else []
+    reference, samples = main_first(world, lambda: open_files(args))
+    found = on_main(world, lambda: inspect(reference, samples))
+    backend = main_first(world, lambda: create_backend(args.backend, args.weights, args.features, args.device))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SingularCovarianceWarning)
         statistics = load_reference(reference.path, backend, True, args.batch_size, progress=True)
@@ -165,13 +165,10 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
 
 
 def main_first(world: World, function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and then on the others, which find the downloads of rank 0."""
-    if not world.is_main:
-        barrier(world)
-    result = function()
-    if world.is_main:
-        barrier(world)
-    return result
+    """Call a function on rank 0, then on the others, which find the downloads of rank 0; its error is everyone's."""
+    made: list[T] = []
+    on_main(world, lambda: made.append(function()))
+    return made[0] if made else function()
 
 
 def report(scores: Scores) -> None:

@@ -67,9 +67,9 @@ def _write(out: Path, arrays: dict[str, NDArray], source: ImageSource, chosen: N
     os.replace(temporary, out)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """0 if the file was written, 2 for what the user can mend."""
-    args = parse()
+    args = parse(arguments)
     try:
         if not args.out.resolve().parent.is_dir():
             raise FileNotFoundError(f"the folder {args.out.parent} does not exist: make it first")

@@ -12,6 +12,7 @@ import pytest
 from evaluations import downloads
 from evaluations.backends import create_backend
 from evaluations.evaluator import main as evaluator_main
+from evaluations.make_reference import main as make_reference
 from evaluations.scores import load_reference, score_images
 from evaluations.statistics import frechet_distance, inception_score
 from tests.conftest import ROOT
@@ -126,10 +127,11 @@ def test_help_from_a_foreign_folder(script, tmp_path):
     assert "--features" in done.stdout
 
 
-def test_reference_from_folder_and_zip(tmp_path, pictures, expected):
+def test_reference_from_folder_and_zip(tmp_path, pictures, expected, monkeypatch, capsys):
     """Made of a folder or a .zip, a reference gives the scores of the images themselves."""
     from PIL import Image
 
+    monkeypatch.chdir(ROOT)
     (tmp_path / "images" / "sub").mkdir(parents=True)
     for number, image in enumerate(pictures[:100]):
         Image.fromarray(image[..., 0]).save(tmp_path / "images" / "sub" / f"{number:03d}.png")
@@ -139,14 +141,13 @@ def test_reference_from_folder_and_zip(tmp_path, pictures, expected):
     np.savez(tmp_path / "samples.npz", arr_0=pictures[100:])
     for source in ("images", "images.zip"):
         out = tmp_path / "out.npz"
-        make = [sys.executable, ROOT / "evaluations/make_reference.py", tmp_path / source, out, "--num_images", "60"]
-        done = run(*make, *FEATURES)
-        assert done.returncode == 0, done.stderr
+        assert make_reference([str(tmp_path / source), str(out), "--num_images", "60", *FEATURES]) == 0
         with np.load(out) as made:
             assert made["arr_0"].shape == (60, 32, 32, 1)
             assert (made["arr_0"][:, None] == pictures[None, :100]).all((2, 3, 4)).any(1).all()
-        done = evaluator(out, tmp_path / "samples.npz", *FEATURES, "--json", tmp_path / "scores.json")
-        assert "statistics stored in out.npz" in done.stdout
+        arguments = [out, tmp_path / "samples.npz", *FEATURES, "--json", tmp_path / "scores.json"]
+        assert evaluator_main([str(argument) for argument in arguments]) == 0
+        assert "statistics stored in out.npz" in capsys.readouterr().out
         found = json.loads((tmp_path / "scores.json").read_text())
         assert found["fid"] == pytest.approx(expected["fid"], rel=1e-6)
 
@@ -175,3 +176,27 @@ def test_stored_statistics_of_other_features_are_not_used(files, pictures, monke
     reference = load_reference(files[0], create_backend(features=JUDGE), manifold=False)
     assert reference.mean.shape == (128,)
     assert reference.origin == ("FID: statistics of the 100 images of reference.npz",)
+
+
+def test_wrong_sources_are_refused(tmp_path, monkeypatch, capsys):
+    """What is no data set, and images of several sizes, end in one sentence; --image_size mends the latter."""
+    from PIL import Image
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "broken.zip").write_bytes(b"PK")
+    out = str(tmp_path / "out.npz")
+    for source, message in (
+        (tmp_path / "images", "holds no images"),
+        (tmp_path / "broken.zip", "not a whole .zip"),
+        (tmp_path / "absent", "is no folder"),
+        ("torchvision:Nothing", "no data set 'Nothing'"),
+    ):
+        assert make_reference([str(source), out, *FEATURES]) == 2
+        assert message in capsys.readouterr().err
+    for number, size in enumerate([(40, 64), (32, 32), (90, 70), (33, 47)]):
+        Image.effect_noise(size, 80).save(tmp_path / "images" / f"{number}.png")
+    assert make_reference([str(tmp_path / "images"), out, *FEATURES]) == 2
+    assert "--image_size to bring all to one size" in capsys.readouterr().err
+    assert make_reference([str(tmp_path / "images"), out, "--image_size", "32", *FEATURES]) == 0
+    assert np.load(out)["arr_0"].shape == (4, 32, 32, 1)
