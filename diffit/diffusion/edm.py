@@ -93,12 +93,14 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
     """The noise levels that sampling visits (Eq. 5), falling from sigma_max to sigma_min and then 0: float64 [steps+1].
 
     Raises:
-        ValueError: if there is no step, or the levels do not fall.
+        ValueError: if there is no step, the levels do not fall, or rho is not above 0.
     """
     if num_steps < 1:
         raise ValueError(f"the number of sampling steps must be at least 1, not {num_steps}")
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"sigma must fall from sigma_max to sigma_min above 0, not from {sigma_max} to {sigma_min}")
+    if rho <= 0:
+        raise ValueError(f"rho must be above 0, not {rho}")
     root_max, root_min = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = torch.linspace(root_max, root_min, num_steps, dtype=torch.float64) ** rho  # [steps]
     return torch.cat([levels, levels.new_zeros(1)])  # [steps + 1]
