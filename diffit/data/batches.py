@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit.codec import PixelCodec, VAECodec
 from diffit.data.augment import augment, draw_augmentation
+from diffit.device import to_device
 from diffit.diffusion.noise import keyed_generator
 from diffit.diffusion.settings import EDMConfig, ProcessConfig
 
@@ -110,7 +110,7 @@ class Pixels:
         if not self.probability:
             return pixels, {}
         augmentation = draw_augmentation(generator, count, self.probability)[part]
-        return augment(pixels, augmentation), {"augment_labels": augmentation.labels().to(index.device)}
+        return augment(pixels, augmentation), {"augment_labels": to_device(augmentation.labels(), index.device)}
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,3 @@ class Batches:
 
     def _mine(self, values: NDArray[Any]) -> Tensor:
         return to_device(values[self.part], self.labels.device)
-
-
-def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor on the device, by way of pinned memory: the copy does not wait for the device."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

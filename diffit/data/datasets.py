@@ -1,12 +1,15 @@
 """Image data sets as arrays: uint8 images [N, H, W, C], int64 labels [N] and the names of the classes."""
 
 import gzip
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+T = TypeVar("T")
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -49,13 +52,26 @@ def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageAr
 
 
 def cifar10(path: str | Path | None = None) -> ImageArrays:
-    """CIFAR-10's training images, [50000, 32, 32, 3], through torchvision, which downloads them once to `path`.
+    """The training images of CIFAR-10, RGB: [50000, 32, 32, 3].
 
-    path: the folder that holds (or gets) `cifar-10-batches-py`; `data/` by default.
+    path: the folder that holds cifar-10-batches-py; by default data/, to which torchvision downloads it once.
+
+    Raises:
+        FileNotFoundError: if a path is named that does not hold the files.
+        ValueError: if the download fails.
     """
     from torchvision.datasets import CIFAR10
 
-    data = CIFAR10(path or "data", download=True)
+    if path is None:
+        data = _downloaded("CIFAR-10", lambda: CIFAR10("data", download=True))
+    else:
+        try:
+            data = CIFAR10(path)
+        except RuntimeError as error:  # of files that are missing or corrupted
+            raise FileNotFoundError(
+                f"{path} does not hold an intact CIFAR-10: expected cifar-10-batches-py there; leave the path out to "
+                "have it downloaded"
+            ) from error
     return ImageArrays(data.data, np.asarray(data.targets, np.int64), tuple(data.classes))
 
 
@@ -64,7 +80,22 @@ def _fashion_folder(path: Path | None) -> Path:
         return path or DEBIAN_FASHION
     from torchvision.datasets import FashionMNIST
 
-    return Path(FashionMNIST("data", download=True).raw_folder)
+    return Path(_downloaded("Fashion-MNIST", lambda: FashionMNIST("data", download=True)).raw_folder)
+
+
+def _downloaded(name: str, download: Callable[[], T]) -> T:
+    """What a data set of torchvision downloads.
+
+    Raises:
+        ValueError: if it cannot; torchvision fails in several ways.
+    """
+    try:
+        return download()
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{name} cannot be downloaded ({reason}): check the network, or give --data.path the folder of a copy"
+        ) from error
 
 
 def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:

@@ -164,3 +164,17 @@ def test_probability_zero_flips_only():
     drawn = draw_augmentation(np.random.default_rng(0), 50, 0.0)
     assert torch.equal(drawn.labels()[:, 1:], torch.zeros(50, 8))
     assert set(drawn.x_flip.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for(images):
+    """And gives what the CPU does."""
+    augmentation = draw_augmentation(np.random.default_rng(0), 2, 1.0)
+    on_gpu = images.cuda()
+    augment(on_gpu, augmentation)  # the filters are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augmented = augment(on_gpu, augmentation)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(augmented.cpu(), augment(images, augmentation), rtol=0, atol=1e-4)
