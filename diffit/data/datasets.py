@@ -221,6 +221,22 @@ def fitting_labels(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.in
     return labels
 
 
+def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageArrays:
+    """Fashion-MNIST, 28x28 grey padded with black to 32x32: [60000 or 10000, 32, 32, 1].
+
+    path: the folder of the four original files (gzipped or not). By default the one that Debian's package
+    dataset-fashion-mnist installs, or else `data/`, to which torchvision downloads the same files once.
+
+    Raises:
+        FileNotFoundError: if a path is named that does not hold the files.
+    """
+    folder = _fashion_folder(Path(path) if path else None)
+    stem = "train" if train else "t10k"
+    images = np.pad(_read_idx(folder, f"{stem}-images-idx3-ubyte"), ((0, 0), (2, 2), (2, 2)))
+    labels = _read_idx(folder, f"{stem}-labels-idx1-ubyte")
+    return ImageArrays(images[..., None], labels.astype(np.int64), FASHION_CLASSES)
+
+
 def cifar10(path: str | Path | None = None) -> ImageArrays:
     """The training images of CIFAR-10, RGB: [50000, 32, 32, 3].
 
@@ -243,22 +259,6 @@ def cifar10(path: str | Path | None = None) -> ImageArrays:
                 "have it downloaded"
             ) from error
     return ImageArrays(data.data, np.asarray(data.targets, np.int64), tuple(data.classes))
-
-
-def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageArrays:
-    """Fashion-MNIST, 28x28 grey padded with black to 32x32: [60000 or 10000, 32, 32, 1].
-
-    path: the folder of the four original files (gzipped or not). By default the one that Debian's package
-    dataset-fashion-mnist installs, or else `data/`, to which torchvision downloads the same files once.
-
-    Raises:
-        FileNotFoundError: if a path is named that does not hold the files.
-    """
-    folder = _fashion_folder(Path(path) if path else None)
-    stem = "train" if train else "t10k"
-    images = np.pad(_read_idx(folder, f"{stem}-images-idx3-ubyte"), ((0, 0), (2, 2), (2, 2)))
-    labels = _read_idx(folder, f"{stem}-labels-idx1-ubyte")
-    return ImageArrays(images[..., None], labels.astype(np.int64), FASHION_CLASSES)
 
 
 def _fashion_folder(path: Path | None) -> Path:
