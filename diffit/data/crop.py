@@ -34,5 +34,5 @@ def centre_crop(picture: Image, size: int) -> Image:
 
 def square_pixels(picture: Image, size: int, channels: int) -> NDArray[np.uint8]:
     """The centre crop of a picture as uint8 [S, S, C]."""
-    pixels = np.asarray(centre_crop(picture.convert(MODES[channels]), size))
+    pixels = np.array(centre_crop(picture.convert(MODES[channels]), size))
     return pixels.reshape(size, size, channels)

@@ -1,7 +1,7 @@
 """Making a latent cache: decode, crop, encode with the VAE, write shards. By any number of processes.
 
-Every shard is encoded in the same batches by whichever process, and written whole with a note beside it. So shards do
-not depend on the number of processes, and a stopped command goes on where it was.
+Every shard is encoded in the same batches by whichever process, and written whole with a note beside it. So the number
+of processes does not change shards (that of threads may, in the last bit), and a stopped command goes on where it was.
 
 Letters: n images of a shard, B of a batch, F flips, S image side, C its channels, c latent channels, h = w latent side.
 """
