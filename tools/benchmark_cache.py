@@ -10,7 +10,6 @@ disk.
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -97,10 +96,12 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, default="fashion")
     parser.add_argument("--rounds", type=int, default=5, help="times that each way is measured (default: 5)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a measurement (default: 4)")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch_size", type=int, help="images of a step (default: 16 or 2, what a CPU can do)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     args = parser.parse_args()
     device = resolve_device(args.device)
     make, size = CASES[args.case]
+    size = args.batch_size or size
     with tempfile.TemporaryDirectory() as folder:
         images, codec, model = make(device, Path(folder))
         cache = encode_images(images, codec, Path(folder) / "cache", flip=False, workers=0, world=World())
@@ -117,10 +118,10 @@ def main() -> None:
             clean = Latents(stream, cache.shape, codec, plan)
             steppers[name] = stepper(model, Batches(clean, labels, plan, DiffusionConfig(), 0.1), device)
         speeds = measure(steppers, args.rounds, args.steps, size, device)
-    print(json.dumps({"case": args.case, "device": str(device), "machine": platform.processor(), "batch": size}))
+    print(json.dumps({"case": args.case, "device": str(device), "threads": torch.get_num_threads(), "batch": size}))
     for name, speed in speeds.items():
         ratio = speed / speeds["no cache"]
-        print(json.dumps({"way": name, "images_per_s": round(speed, 2), "ratio": round(ratio, 2)}))
+        print(json.dumps({"way": name, "images_per_s": float(f"{speed:.3g}"), "ratio": round(ratio, 2)}))
 
 
 def measure(

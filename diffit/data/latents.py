@@ -136,7 +136,7 @@ class LatentCache:
             out[:] = self._map(number)[index - ends[number], flip]
         return torch.from_numpy(moments)
 
-    def load(self, device: torch.device) -> Tensor:
+    def load(self, device: torch.device | str) -> Tensor:
         """All moments, float16 [N, F, 2c, h, w]."""
         return torch.cat([torch.from_numpy(self._map(number)).to(device) for number in range(len(self.shards))])
 
