@@ -118,7 +118,10 @@ class _Encoder:
         for name in (MANIFEST, _SETTINGS):
             path = self.folder / name
             if path.exists():
-                found = json.loads(path.read_text())["settings"]
+                try:
+                    found = json.loads(path.read_text())["settings"]
+                except (ValueError, KeyError) as error:
+                    raise ValueError(f"{path} is damaged: delete {self.folder} and encode again") from error
                 if {**found, "vae": ""} != {**wanted, "vae": ""}:  # its weights say which VAE it is
                     raise ValueError(
                         f"{self.folder} holds latents made with other settings ({difference(found, wanted)}): choose "
@@ -141,7 +144,14 @@ class _Encoder:
                 write_atomically(self._note_path(number), json.dumps(shard).encode())
             path.unlink()
             return False
+        self._tidy()
         return True
+
+    def _tidy(self) -> None:
+        """Remove what only a cache in the making needs."""
+        for number in range(self.num_shards):
+            self._note_path(number).unlink(missing_ok=True)
+        (self.folder / _SETTINGS).unlink(missing_ok=True)
 
     def _note_path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.json"
@@ -229,9 +239,7 @@ class _Encoder:
             write_manifest(cache)
         except OSError as error:
             raise self._cannot_write(error) from error
-        for number in range(self.num_shards):
-            self._note_path(number).unlink()
-        (self.folder / _SETTINGS).unlink()
+        self._tidy()
 
     def _cannot_write(self, error: OSError) -> ValueError:
         return ValueError(

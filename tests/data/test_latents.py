@@ -191,6 +191,8 @@ def test_damage_is_found_and_only_it_is_made_anew(cache, codec, pictures, tmp_pa
     (copy.folder / MANIFEST).write_text("{}")
     with pytest.raises(ValueError, match="is damaged or of another version"):
         open_cache(copy.folder)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: delete .* and encode again"):
+        encode(images, codec, copy.folder)
 
 
 def test_other_caches_are_refused(cache, codec, pictures, tmp_path):
