@@ -203,5 +203,5 @@ def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"CIFAR-10 cannot be downloaded .*: check the network") as caught:
         cifar10()
     assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="does not hold an intact CIFAR-10"):
+    with pytest.raises(FileNotFoundError, match="does not hold CIFAR-10"):
         cifar10(tmp_path)
