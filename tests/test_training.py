@@ -11,7 +11,7 @@ import torch
 
 from diffit import load_model
 from diffit.config.train import OptimizerConfig, parse_train
-from diffit.data.batches import image_order
+from diffit.data.order import image_order
 from diffit.ema import EMA, ramped_decay
 from diffit.training import learning_rate, train
 from tests.conftest import ROOT
@@ -28,7 +28,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data = ["--data.path", str(write_fashion_files(folder / "fashion"))]
+    data = ["--data.name", "fashion_mnist", "--data.path", str(write_fashion_files(folder / "fashion"))]
     return [*SMALL, *data, "--codec.vae", save_small_vae(folder / "vae", channels=1)]
 
 

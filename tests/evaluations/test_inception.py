@@ -142,7 +142,8 @@ def test_both_backends_give_the_same_scores(graph, tmp_path, size):
             reference = load_reference(tmp_path / "reference.npz", backend)
             scores.append(score_images([images], reference, backend))
     for name in ("fid", "sfid", "inception_score"):
-        ours, oracle = (getattr(score, name) for score in scores)
+        # The Inception Score of random weights is hardly above 1: what it says is the part above.
+        ours, oracle = (getattr(score, name) - (name == "inception_score") for score in scores)
         print(f"{size} px, {name}: {ours} against {oracle}")
         assert ours == pytest.approx(oracle, rel=1e-3), name
     assert scores[0].precision == scores[1].precision
