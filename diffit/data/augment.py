@@ -120,11 +120,11 @@ def resample(images: Tensor, source: Tensor) -> Tensor:
     """
     B, c, h, w = images.shape
     up, down = (_kernel(half, images.dtype, images.device) for half in (_UP, _DOWN))
-    padded = F.pad(images, (2, 2, 2, 2), mode="reflect").view(B * c, 1, h + 4, w + 4)
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect").reshape(B * c, 1, h + 4, w + 4)
     dense = F.conv_transpose2d(padded, up, stride=2, padding=8).view(B, c, 2 * h - 1, 2 * w - 1)
     grid = _dense_points(source, h, w, images.device).to(images.dtype)  # [B, 2h+5, 2w+5, 2]
     warped = F.grid_sample(dense, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
-    return F.conv2d(warped.view(B * c, 1, 2 * h + 5, 2 * w + 5), down, stride=2).view(B, c, h, w)
+    return F.conv2d(warped.reshape(B * c, 1, 2 * h + 5, 2 * w + 5), down, stride=2).view(B, c, h, w)
 
 
 @lru_cache(maxsize=8)  # only the first copy to a device waits for it

@@ -255,8 +255,8 @@ def cifar10(path: str | Path | None = None) -> ImageArrays:
             data = CIFAR10(path)
         except RuntimeError as error:  # of files that are missing or corrupted
             raise FileNotFoundError(
-                f"{path} does not hold an intact CIFAR-10: expected cifar-10-batches-py there; leave the path out to "
-                "have it downloaded"
+                f"{path} does not hold CIFAR-10, or not whole: expected cifar-10-batches-py there; leave the path out "
+                "to have it downloaded"
             ) from error
     return ImageArrays(data.data, np.asarray(data.targets, np.int64), tuple(data.classes))
 

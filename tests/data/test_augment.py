@@ -150,6 +150,13 @@ def test_draws():
     assert float(together) == pytest.approx(probability**2, abs=error)
 
 
+def test_the_layout_in_memory_does_not_matter(images):
+    """Images come as [H, W, C], permuted."""
+    augmentation = draw_augmentation(np.random.default_rng(0), 2, 1.0)
+    permuted = images.contiguous(memory_format=torch.channels_last)
+    assert_exact(augment(permuted, augmentation), augment(images, augmentation))
+
+
 def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
     """Neither an image's place in the batch nor its neighbours matter."""
     images = torch.rand(6, 3, 16, 16)
