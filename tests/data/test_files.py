@@ -180,5 +180,5 @@ def test_cifar10_in_its_own_files(tmp_path, monkeypatch):
 
 
 def test_cifar10_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not hold an intact CIFAR-10"):
+    with pytest.raises(FileNotFoundError, match="does not hold CIFAR-10"):
         cifar10(tmp_path)
