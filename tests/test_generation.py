@@ -130,6 +130,17 @@ def test_an_interrupted_run_ends_with_the_same_file(sample, tmp_path):
     assert (folder / "samples_10x16x16x3.npz").read_bytes() == expected
 
 
+def test_killed_after_the_file_before_the_manifest(sample):
+    _, _, folder = sample("--num_samples 2")
+    manifest = folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({"settings": content["settings"], "complete": False}))
+    (folder / "shards").mkdir()
+    sample("--num_samples 2", folder)
+    assert json.loads(manifest.read_text()) == content | {"seconds_per_image": None}
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "manifest.json", "samples_2x16x16x3.npz"]
+
+
 def test_finished_folders_are_left_alone_and_others_refused(sample):
     _, _, folder = sample("--num_samples 2")
     before = (folder / "manifest.json").stat().st_mtime_ns
