@@ -1,5 +1,6 @@
 """Folders, ZIPs and named data sets: what is found, what is refused, and in which words."""
 
+import hashlib
 import pickle
 import zipfile
 
@@ -7,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffit.data.datasets import UnreadableImagesError, fitting_labels, open_images
+from diffit.data.datasets import UnreadableImagesError, cifar10, fitting_labels, open_images
 from diffit.data.files import image_files
 from tests.data.pictures import cut_off, write_pictures, zipped
-from tests.small_models import write_cifar10_files
 
 CLASSES = {"dog": 2, "cat": 3, "zebra": 1}
 
@@ -151,11 +151,34 @@ def test_labels_must_fit_the_network():
         fitting_labels(labels, 2)
 
 
-def test_cifar10_by_name(tmp_path, monkeypatch):
-    images = open_images("cifar10", str(write_cifar10_files(tmp_path, monkeypatch)), 32, 3)
-    batch = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_2").read_bytes())
-    assert (images.image(12) == batch["data"][0].reshape(3, 32, 32).transpose(1, 2, 0)).all()
-    assert images.labels[12:24].tolist() == batch["labels"]
-    assert images.class_names[3] == "class 3"
-    assert (images.in_memory()[12] == images.image(12)).all()
-    assert open_images("cifar10", str(tmp_path), 16, 1).image(0).shape == (16, 16, 1)
+def test_cifar10_in_its_own_files(tmp_path, monkeypatch):
+    """Generated batches in CIFAR-10's format, read by torchvision; only its list of checksums is ours."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    pixels, sums = [], {}
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for name in names:
+        data = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+        pixels.append(data)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [3, 1, 4, 1]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    for name in (*names, "batches.meta"):
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+    data = cifar10(tmp_path)
+    expected = np.concatenate(pixels[:5]).reshape(20, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert (data.images == expected).all()
+    assert data.labels.tolist() == [3, 1, 4, 1] * 5
+    assert data.class_names == tuple("abcdefghij")
+    images = open_images("cifar10", str(tmp_path), 32, 3)
+    assert (images.in_memory() == data.images).all()
+
+
+def test_cifar10_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not hold CIFAR-10"):
+        cifar10(tmp_path)
