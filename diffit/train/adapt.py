@@ -80,7 +80,7 @@ def resize_bias(table: Tensor, window_size: int) -> Tensor:
     """A relative position bias table for another window: [(2w-1)^2, H] -> [(2w'-1)^2, H].
 
     The table is an image of 2w-1 x 2w-1 offsets. The new one covers the same extent of the picture with more tokens, so
-    an offset of d' tokens there reads the bias of d' w/w' tokens here, between whole offsets bicubically, and beyond
+    an offset of d' tokens there reads the bias of d' w/w' tokens here: between whole offsets linearly, and beyond
     the last one that of the last.
     """
     w, heads = _window(table), table.shape[1]
@@ -90,5 +90,5 @@ def resize_bias(table: Tensor, window_size: int) -> Tensor:
     offsets = torch.arange(1 - window_size, window_size, device=table.device, dtype=torch.float32) * w / window_size
     axis = offsets / max(w - 1, 1)  # where grid_sample has the outermost offsets at -1 and 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)[None]  # [1, 2w'-1, 2w'-1, 2]
-    resized = F.grid_sample(image, grid, mode="bicubic", padding_mode="border", align_corners=True)
+    resized = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return resized.reshape(heads, -1).T.contiguous().to(table.dtype)
