@@ -48,9 +48,10 @@ class Checkpoints:
         return None
 
     def begin(self, step: int) -> Path:
-        """An empty folder for a checkpoint of this step."""
+        """An empty folder for a checkpoint of this step; what a killed run has left half done goes."""
+        for left in self.folder.glob("*.part"):
+            shutil.rmtree(left)
         part = self._part(step)
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         return part
 
@@ -67,8 +68,6 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(part)
-        if final.exists():
-            shutil.rmtree(final)
         part.rename(final)
         _sync_folder(self.folder)
         self._prune()
@@ -84,8 +83,9 @@ class Checkpoints:
     def _prune(self) -> None:
         for old in self.complete()[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
-                (old / MARKER).unlink()  # first: half a folder is never taken for a whole one
-                shutil.rmtree(old)
+                gone = self._part(int(old.name))
+                old.rename(gone)  # half a checkpoint never counts, not even one half removed
+                shutil.rmtree(gone)
 
 
 def fault(folder: Path) -> str | None:
