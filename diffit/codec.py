@@ -5,6 +5,7 @@ Letters: B batch, c latent channels, h = w latent side, C image channels, H = W 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,12 +50,13 @@ class VAECodec:
     def __init__(self, config: CodecConfig, device: torch.device) -> None:
         import torch
 
+        self.reference = config.vae
         self.vae = _load_vae(config.vae).eval().requires_grad_(False).to(device)
         self.latent_channels: int = self.vae.config.latent_channels
         self.image_channels: int = self.vae.config.out_channels
         mean = self.vae.config.latents_mean or [0.0] * self.latent_channels
         std = self.vae.config.latents_std or [1.0] * self.latent_channels
-        scale = self.vae.config.scaling_factor
+        self.scaling_factor = scale = float(self.vae.config.scaling_factor)
         self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._scale = (scale / torch.tensor(std, device=device)).view(1, -1, 1, 1)
 
@@ -68,6 +70,14 @@ class VAECodec:
         mean, log_variance = moments.chunk(2, dim=1)
         z = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
         return (z - self._mean) * self._scale
+
+    def weights_hash(self) -> str:
+        """The SHA-256 of names and values of the VAE's weights: the same VAE, whatever it was called by."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().numpy().data)
+        return digest.hexdigest()
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [B, c, h, w]. Returns uint8 images [B, H, W, C]."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -26,6 +27,14 @@ def resolve_device(name: str) -> torch.device:
     if not available[name]:
         raise ValueError(f"this machine has no {name} device that PyTorch can use: choose --device cpu")
     return torch.device(name)
+
+
+def to_device(values: Tensor | NDArray[Any], device: torch.device) -> Tensor:
+    """What the CPU has, as a tensor on the device; pinned on the way, so that the copy does not wait for the device."""
+    import torch
+
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def set_matmul_precision(precision: Precision) -> None:

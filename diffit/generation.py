@@ -103,6 +103,7 @@ class Generation:
         self.wanted = resolve_labels(self.config.class_labels or [], self.names)
         folder = Path(self.config.log_dir or f"logs/{self.checkpoint.model}")
         self.folder = SampleFolder(folder, self.config.num_samples)
+        self.seconds_per_image: float | None = None  # unknown where nothing was left to sample
 
     def run(self) -> Path:
         """Load, sample what is missing, merge."""
@@ -146,7 +147,8 @@ class Generation:
             for indices in mine:
                 self._sample_batch(model, sampler, codec, indices, bar)
         distributed.barrier(self.world)
-        self.seconds_per_image = (time.monotonic() - start) / max(len(missing), 1)
+        if missing:
+            self.seconds_per_image = round((time.monotonic() - start) / len(missing), 4)
 
     def _check_codec(self, codec: Codec) -> None:
         if codec.latent_channels not in (None, self.checkpoint.network.in_channels):
@@ -199,13 +201,23 @@ class Generation:
         if path is None:
             self._save_grid()
             path = self.folder.merge(with_labels=self.conditional)
-        manifest: dict[str, Any] = {"settings": self.settings, "complete": True, "samples": path.name}
-        manifest |= {"num_samples": self.config.num_samples, "checkpoint": as_tree(self.checkpoint)}
-        manifest |= {"versions": _versions(), "made_on": _machine(self.device), "processes": self.world.size}
-        if hasattr(self, "seconds_per_image"):
-            manifest["seconds_per_image"] = round(self.seconds_per_image, 4)
-            self.folder.write_manifest(manifest)
+        self.folder.discard_shards()
+        if not self.folder.complete:
+            self.folder.write_manifest(self._manifest(path))
         return path
+
+    def _manifest(self, path: Path) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "complete": True,
+            "samples": path.name,
+            "num_samples": self.config.num_samples,
+            "seconds_per_image": self.seconds_per_image,
+            "processes": self.world.size,
+            "made_on": _machine(self.device),
+            "versions": _versions(),
+            "checkpoint": as_tree(self.checkpoint),
+        }
 
     def _save_grid(self) -> None:
         import numpy as np

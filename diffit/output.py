@@ -49,26 +49,38 @@ class SampleFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            manifest = self.path / MANIFEST
-            found = json.loads(manifest.read_text())["settings"] if manifest.exists() else None
-            if found is not None and found != settings:
-                if not overwrite:
-                    raise ValueError(
-                        f"{self.path} holds samples made with other settings ({difference(found, settings)}): choose "
-                        "another --log_dir, or add --overwrite True to replace them"
-                    )
+            found = self._manifest().get("settings")
+            if found != settings:
+                self._refuse(found, settings, overwrite)
                 self._clear()
+                self.write_manifest({"settings": settings, "complete": False})
             for leftover in (*self.path.glob("*.part"), *self.shards.glob("*.part")):
                 leftover.unlink()
-            self.shards.mkdir(exist_ok=True)
-            if found != settings:
-                self.write_manifest({"settings": settings, "complete": False})
-        except (OSError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot write samples to {self.path} ({error}): choose another --log_dir") from error
+
+    def _refuse(self, found: dict[str, Any] | None, settings: dict[str, Any], overwrite: bool) -> None:
+        """Raise ValueError if there are samples that these settings did not make, and they are to stay."""
+        if overwrite or (found is None and not any(self.path.glob("samples_*.npz"))):
+            return
+        what = "no manifest says how" if found is None else difference(found, settings)
+        raise ValueError(
+            f"{self.path} holds samples made with other settings ({what}): choose another --log_dir, or add "
+            "--overwrite True to replace them"
+        )
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.path / MANIFEST
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest was written after everything else."""
+        return bool(self._manifest().get("complete"))
 
     def _clear(self) -> None:
         """Remove what this program writes, and nothing else."""
-        shutil.rmtree(self.shards, ignore_errors=True)
+        self.discard_shards()
         shutil.rmtree(self.path / "png", ignore_errors=True)
         for file in (*self.path.glob("samples_*.npz"), self.path / GRID, self.path / MANIFEST):
             file.unlink(missing_ok=True)
@@ -99,6 +111,7 @@ class SampleFolder:
         buffer = io.BytesIO()
         np.savez(buffer, images=images, labels=labels)
         try:
+            self.shards.mkdir(exist_ok=True)
             write_atomically(self.shards / f"{first:08d}-{len(images):05d}.npz", buffer.getvalue())
         except OSError as error:
             raise ValueError(
@@ -119,7 +132,7 @@ class SampleFolder:
     def merge(self, with_labels: bool) -> Path:
         """Write samples_{N}x{H}x{W}x{C}.npz from the shards: arr_0 uint8 images and, if asked, arr_1 int64 labels.
 
-        Equal samples give equal bytes. The shards are removed once the file is in place.
+        Equal samples give equal bytes. The shards stay until `discard_shards`.
 
         Raises:
             ValueError: if the disk is full.
@@ -145,8 +158,11 @@ class SampleFolder:
                 f"cannot write {path} ({error.strerror}): free some space and run the same command again; the samples "
                 "are safe"
             ) from error
-        shutil.rmtree(self.shards)
         return path
+
+    def discard_shards(self) -> None:
+        """Remove the shards, once the file that holds them all is in place."""
+        shutil.rmtree(self.shards, ignore_errors=True)
 
 
 @contextlib.contextmanager

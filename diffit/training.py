@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from diffit import distributed
 from diffit.checkpoint import find_checkpoint, load_weights, write_atomically
-from diffit.codec import VAECodec, create_codec
+from diffit.codec import create_codec
 from diffit.config.parser import as_tree
 from diffit.config.train import OptimizerConfig, TrainConfig, TrainTask
-from diffit.data.batches import Batch, Batches, Clean, Latents, Pixels, dropout_seed
-from diffit.data.datasets import DATASETS, ImageArrays
-from diffit.data.latents import cached_moments
+from diffit.data.batches import Batch, Batches, dropout_seed
+from diffit.data.datasets import fitting_labels
+from diffit.data.order import Plan
+from diffit.data.prepare import TrainingData, prepare_data
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion import EDM, GaussianDiffusion, create_diffusion
 from diffit.diffusion.settings import EDMConfig, ProcessConfig
 from diffit.ema import EMA, half_life_decay, ramped_decay
-from diffit.models.zoo import build_model
+from diffit.models.zoo import build_model, model_config
 from diffit.train.adapt import adapt_state
 from diffit.train.checkpoints import Checkpoints
 from diffit.train.parallel import (
@@ -87,7 +88,7 @@ class Training:
         self.recipe, self.device, self.world = task.recipe, device, world
         self.run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.keep, config.keep_every)
-        data = DATASETS[config.data.name](config.data.path)
+        data = self._data()
         self.description = config.checkpoint_config(data.class_names, "")
         self.batches = self._batches(data)
         self.process = create_process(config.process_config)
@@ -118,7 +119,16 @@ class Training:
             for model in (self.model, *(ema.model for ema in self.averages.values())):
                 shard(model, self.world, self.device)
 
-    def _batches(self, data: ImageArrays) -> Batches:
+    def _data(self) -> TrainingData:
+        """The data set as the network is to see it; a latent model's is encoded first."""
+        config = self.config
+        network = model_config(config.model, **config.network)
+        codec = create_codec(config.codec, self.device)
+        size = network.input_size * config.codec.factor
+        cache = self.run_dir / "cache"
+        return prepare_data(config.data, codec, size, network.in_channels, cache, self.world, self.device)
+
+    def _batches(self, data: TrainingData) -> Batches:
         size, processes = self.config.batch_size, self.world.size
         if size % processes:
             raise ValueError(f"--batch_size {size} cannot be shared by {processes} processes: choose a multiple")
@@ -128,44 +138,17 @@ class Training:
                 "each: choose a multiple, or another --accumulate"
             )
         share = size // processes
-        return Batches(
-            self._clean(data),
-            self._labels(data),
-            self.config.process_config,
-            self.config.seed,
-            size,
-            self.description.network.class_dropout_prob,
-            slice(self.world.rank * share, (self.world.rank + 1) * share),
-        )
-
-    def _clean(self, data: ImageArrays) -> Clean:
-        """The data set as the codec has it, on the device."""
-        codec = create_codec(self.config.codec, self.device)
-        clean: Clean
-        if isinstance(codec, VAECodec):
-            cache = self.run_dir / "cache"
-            distributed.on_main(self.world, lambda: bool(len(cached_moments(data, codec, cache))))
-            clean = Latents(cached_moments(data, codec, cache).to(self.device), codec)
-        else:
-            clean = Pixels(torch.from_numpy(data.images).to(self.device), codec, self.config.data.augment)
-        network = self.description.network
+        part = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        plan = Plan(self.config.seed, len(data.labels), size, part, data.flip)
+        network, clean = self.description.network, data.clean(plan)
         expected = (network.in_channels, network.input_size, network.input_size)
         if clean.shape != expected:
             raise ValueError(
                 f"the data are {'x'.join(map(str, clean.shape))} and {self.config.model} takes "
                 f"{'x'.join(map(str, expected))}: set --network or --codec to fit"
             )
-        return clean
-
-    def _labels(self, data: ImageArrays) -> Tensor:
-        """The label of every image, on the device; null for an unconditional network."""
-        num_classes = self.description.network.num_classes
-        if num_classes and num_classes <= data.labels.max():
-            raise ValueError(
-                f"the data have {data.labels.max() + 1} classes and {self.config.model} takes {num_classes}: set "
-                "num_classes in --network"
-            )
-        return torch.from_numpy(data.labels if num_classes else 0 * data.labels).to(self.device)
+        labels = torch.from_numpy(fitting_labels(data.labels, network.num_classes)).to(self.device)
+        return Batches(clean, labels, plan, self.config.process_config, network.class_dropout_prob)
 
     def _initial_model(self) -> nn.Module:
         """A fresh network, or the one that --init_from names."""
@@ -188,7 +171,7 @@ class Training:
             text = yaml.safe_dump(as_tree(self.config), sort_keys=False)
             write_atomically(self.run_dir / "config.yaml", text.encode())
         self.model.train()
-        self.watch = Watch(self.config, self.step, self.device, self.world)
+        self.watch = Watch(self.config, self.description.network, self.step, self.device, self.world)
         try:
             with StopSignals() as self.signals:
                 while self.step < self.config.steps:

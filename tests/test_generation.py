@@ -108,11 +108,11 @@ def test_guidance_is_on_when_a_scale_is_named(sample):
 
 
 def test_auto_is_power_cosine_for_small_latents(sample):
-    """Which acts late: its effect on a random network is small, so the scale is large."""
+    """Its effect on a random network is small, but equal settings give equal bits, so any difference is guidance."""
     flags = "--num_samples 2 --num_sampling_steps 50 --cfg_scale 99"
     auto = sample(flags)[0]
     np.testing.assert_array_equal(auto, sample(flags + " --guidance.schedule power_cosine")[0])
-    assert differing(auto, sample("--num_samples 2 --num_sampling_steps 50 --cfg_cond False")[0])[0] > 0.05
+    assert differing(auto, sample("--num_samples 2 --num_sampling_steps 50 --cfg_cond False")[0])[0] > 0
 
 
 def test_an_interrupted_run_ends_with_the_same_file(sample, tmp_path):
@@ -128,6 +128,17 @@ def test_an_interrupted_run_ends_with_the_same_file(sample, tmp_path):
             SampleFolder(folder, 10).add(first, file["arr_0"][part], file["arr_1"][part])
     sample("--num_samples 10 --batch_size 3", folder)
     assert (folder / "samples_10x16x16x3.npz").read_bytes() == expected
+
+
+def test_killed_after_the_file_before_the_manifest(sample):
+    _, _, folder = sample("--num_samples 2")
+    manifest = folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({"settings": content["settings"], "complete": False}))
+    (folder / "shards").mkdir()
+    sample("--num_samples 2", folder)
+    assert json.loads(manifest.read_text()) == content | {"seconds_per_image": None}
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "manifest.json", "samples_2x16x16x3.npz"]
 
 
 def test_finished_folders_are_left_alone_and_others_refused(sample):

@@ -40,7 +40,8 @@ def test_merge_is_what_numpy_reads(folder):
         np.testing.assert_array_equal(samples["arr_0"], images_of(0, 10))
         np.testing.assert_array_equal(samples["arr_1"], labels_of(0, 10))
     assert folder.finished() == path
-    assert not folder.shards.exists()
+    folder.discard_shards()
+    assert sorted(file.name for file in folder.path.iterdir()) == ["manifest.json", path.name]
 
 
 def test_shards_of_any_division_give_the_same_bytes(tmp_path):
@@ -78,6 +79,16 @@ def test_other_settings_are_refused_and_named(folder):
     folder.prepare({"seed": 1}, overwrite=True)
     assert folder.missing() == list(range(10))
     assert mine.read_text() == "keep me"
+
+
+def test_samples_of_unknown_origin_are_refused(folder):
+    folder.add(0, images_of(0, 10), labels_of(0, 10))
+    path = folder.merge(with_labels=True)
+    (folder.path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no manifest says how"):
+        folder.prepare({"seed": 0}, overwrite=False)
+    folder.prepare({"seed": 0}, overwrite=True)
+    assert not path.exists()
 
 
 def test_difference():

@@ -11,7 +11,7 @@ import torch
 
 from diffit import load_model
 from diffit.config.train import OptimizerConfig, parse_train
-from diffit.data.batches import image_order
+from diffit.data.order import image_order
 from diffit.ema import EMA, ramped_decay
 from diffit.training import learning_rate, train
 from tests.conftest import ROOT
@@ -19,16 +19,16 @@ from tests.small_models import save_small_vae, write_fashion_files
 
 NETWORK = "{input_size: 16, hidden_size: 16, depth: 1, num_heads: 2, num_classes: 10}"
 SMALL = [
-    *["--model", "Diffit-S", "--codec.factor", "2", "--batch_size", "8", "--steps", "6", "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9"],
-    *["--precision", "fp32", "--device", "cpu", "--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1"],
-    *("--network", NETWORK),
+    *("--model", "Diffit-S", "--network", NETWORK, "--codec.factor", "2", "--batch_size", "8", "--ema_decay", "0.9"),
+    *("--steps", "6", "--save_every", "2", "--log_every", "1", "--precision", "fp32", "--device", "cpu"),
+    *("--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1"),
 ]
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data = ["--data.path", str(write_fashion_files(folder / "fashion"))]
+    data = ["--data.name", "fashion_mnist", "--data.path", str(write_fashion_files(folder / "fashion"))]
     return [*SMALL, *data, "--codec.vae", save_small_vae(folder / "vae", channels=1)]
 
 

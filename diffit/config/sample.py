@@ -128,4 +128,8 @@ def _check_against(config: SampleConfig, source: Source, checkpoint: CheckpointC
         raise ValueError(f"{source} was trained for the {checkpoint.process} process: leave --process out")
     if config.vae and checkpoint.codec.vae == PIXELS:
         raise ValueError(f"{source} makes pixels, which no VAE has to decode: leave --vae out")
+    if config.class_labels and not checkpoint.network.num_classes:
+        raise ValueError(f"{checkpoint.model} in {source} knows no classes: leave --class_labels out")
+    if config.class_labels and not config.class_cond:
+        raise ValueError("--class_cond False samples without classes: leave it or --class_labels out")
     check_process(config.process, config.sampling, config.guidance)

@@ -10,6 +10,7 @@ from typing import Literal
 from diffit.checkpoint import CheckpointConfig
 from diffit.codec import PIXELS, CodecConfig
 from diffit.config.parser import build_parser, config_first, fail, parse
+from diffit.data.settings import DataConfig
 from diffit.device import Device, Precision
 from diffit.diffusion.settings import (
     DiffusionConfig,
@@ -21,21 +22,6 @@ from diffit.diffusion.settings import (
     check_process,
 )
 from diffit.models.zoo import DiffiTConfig, model_config
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The training images.
-
-    Args:
-        name: the data set.
-        path: the folder of its files; by default an installed copy, or else it is downloaded to data/.
-        augment: probability of each transform of EDM's augmentation, of pixels only; 0 is no augmentation at all.
-    """
-
-    name: Literal["fashion_mnist", "cifar10"] = "fashion_mnist"
-    path: str | None = None
-    augment: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +116,8 @@ class TrainConfig:
     def checkpoint_config(self, class_names: tuple[str, ...], made_by: str) -> CheckpointConfig:
         """What a checkpoint of this run says about itself."""
         network = model_config(self.model, **self.network)
+        if network.num_classes and "num_classes" not in self.network:  # an unconditional size stays so
+            network = replace(network, num_classes=len(class_names))
         if isinstance(network, DiffiTConfig):
             network = replace(network, learn_sigma=self.diffusion.learn_sigma)
         return CheckpointConfig(

@@ -16,11 +16,14 @@ angles turn counter-clockwise as seen.
 
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffit.device import to_device
 
 SCALE_STD = 0.2  # of the binary logarithm of both scale factors
 TRANSLATION_STD = 1 / 8  # of the image's side
@@ -92,43 +95,54 @@ def draw_augmentation(generator: np.random.Generator, count: int, probability: f
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
-    """images: float [B, c, h, w]. Returns the transformed ones; borders reflect, untouched images stay bit-equal."""
+    """images: float [B, c, h, w]. Returns the transformed ones; borders reflect, untouched images stay bit-equal.
+
+    What is to be done is known to the CPU, which plans it and sends its few numbers along: a GPU is never waited for.
+    """
     height, width = images.shape[-2:]
     images = _flip(_flip(images, augmentation.x_flip, -1), augmentation.y_flip, -2)
     source = augmentation.source_map(height, width)
-    moved = (source != torch.eye(2, 3, dtype=source.dtype)).flatten(1).any(1).nonzero()[:, 0].to(images.device)
+    moved = (source != torch.eye(2, 3, dtype=source.dtype)).flatten(1).any(1).nonzero()[:, 0]
     if len(moved):
-        images = images.index_copy(0, moved, resample(images[moved], source[moved.to(source.device)]))
+        index = to_device(moved, images.device)
+        images = images.index_copy(0, index, resample(images[index], source[moved]))
     return images
 
 
 def _flip(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
-    return torch.where((chosen > 0).view(-1, 1, 1, 1).to(images.device), images.flip(dim), images)
+    return torch.where(to_device(chosen > 0, images.device).view(-1, 1, 1, 1), images.flip(dim), images)
 
 
 def resample(images: Tensor, source: Tensor) -> Tensor:
-    """Read images [B, c, h, w] at the source points of every output point; source: affine maps [B, 2, 3]."""
+    """Read images [B, c, h, w] at the source points of every output point.
+
+    source: affine maps [B, 2, 3], on the CPU.
+    """
     B, c, h, w = images.shape
-    up, down = (_kernel(half).to(images) for half in (_UP, _DOWN))
-    padded = F.pad(images, (2, 2, 2, 2), mode="reflect").view(B * c, 1, h + 4, w + 4)
+    up, down = (_kernel(half, images.dtype, images.device) for half in (_UP, _DOWN))
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect").reshape(B * c, 1, h + 4, w + 4)
     dense = F.conv_transpose2d(padded, up, stride=2, padding=8).view(B, c, 2 * h - 1, 2 * w - 1)
-    grid = _dense_points(source, h, w).to(images)  # [B, 2h+5, 2w+5, 2]
+    grid = _dense_points(source, h, w, images.device).to(images.dtype)  # [B, 2h+5, 2w+5, 2]
     warped = F.grid_sample(dense, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
-    return F.conv2d(warped.view(B * c, 1, 2 * h + 5, 2 * w + 5), down, stride=2).view(B, c, h, w)
+    return F.conv2d(warped.reshape(B * c, 1, 2 * h + 5, 2 * w + 5), down, stride=2).view(B, c, h, w)
 
 
-def _kernel(half: tuple[float, ...]) -> Tensor:
+@lru_cache(maxsize=8)  # only the first copy to a device waits for it
+def _kernel(half: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The separable kernel [1, 1, k, k] of a symmetric filter given by its right half."""
     taps = torch.tensor(half[:0:-1] + half, dtype=torch.float64)
-    return torch.outer(taps, taps)[None, None]
+    return torch.outer(taps, taps)[None, None].to(device, dtype)
 
 
-def _dense_points(source: Tensor, height: int, width: int) -> Tensor:
+def _dense_points(source: Tensor, height: int, width: int, device: torch.device) -> Tensor:
     """Where the points of the dense output grid lie in the source, in half sides: [B, 2h+5, 2w+5, 2] as (x, y).
 
-    The grid has a margin of 3 points, which the filter down needs.
+    The grid has a margin of 3 points, which the filter down needs. It is laid out on the device, in float64 but on
+    Apple's GPUs, which have none.
     """
-    radius = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=source.dtype)
-    y, x = (torch.arange(-3, 2 * n + 2, dtype=source.dtype) / 2 - (n - 1) / 2 for n in (height, width))
-    points = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x)), torch.ones(len(y), len(x))], dim=-1)
-    return torch.einsum("yxk,bjk->byxj", points, source) / radius
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    half_sides = torch.tensor([[(width - 1) / 2], [(height - 1) / 2]], dtype=source.dtype)
+    maps = to_device((source / half_sides).to(dtype), device)  # [B, 2, 3]
+    y, x = (torch.arange(-3, 2 * n + 2, dtype=dtype, device=device) / 2 - (n - 1) / 2 for n in (height, width))
+    across, down, offset = (maps[:, None, None, :, k] for k in range(3))  # each [B, 1, 1, 2]
+    return x[:, None] * across + y[:, None, None] * down + offset

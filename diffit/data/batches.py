@@ -8,36 +8,22 @@ what the network sees, H x W x C of an image.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit.codec import PixelCodec, VAECodec
 from diffit.data.augment import augment, draw_augmentation
+from diffit.data.order import Plan
+from diffit.data.streams import Stream
+from diffit.device import to_device
 from diffit.diffusion.noise import keyed_generator
 from diffit.diffusion.settings import EDMConfig, ProcessConfig
 
-# Streams beside those of sampling; each process has its own for dropout, from that number on.
-_ORDER, _DRAWS, _DROPOUT = 16, 17, 18
-
-
-def image_order(seed: int, first: int, count: int, num_images: int) -> NDArray[np.int64]:
-    """Which images are seen as number first, first + 1, ...: a fresh permutation of the data set every epoch."""
-    seen = np.arange(first, first + count)
-    order = np.empty(count, np.int64)
-    for epoch in np.unique(seen // num_images):
-        inside = seen // num_images == epoch
-        order[inside] = _permutation(seed, int(epoch), num_images)[seen[inside] % num_images]
-    return order
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    return keyed_generator(seed, epoch, _ORDER).permutation(num_images)
+# Streams beside those of sampling and order; each process has its own for dropout, from that number on.
+_DRAWS, _DROPOUT = 17, 18
 
 
 def draw_times(process: ProcessConfig, generator: np.random.Generator, count: int) -> NDArray[Any]:
@@ -67,14 +53,12 @@ class Batch:
 
 
 class Clean(Protocol):
-    """A data set on the device, as the network would see it without noise."""
+    """A data set as the network would see it without noise."""
 
     shape: tuple[int, ...]  # (c, h, w)
 
-    def draw(
-        self, index: Tensor, part: slice, generator: np.random.Generator, count: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images `index` [b], part of a batch of `count`, [b, c, h, w], and what the network is told of them.
+    def draw(self, step: int, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process's images of a step, [b, c, h, w], and what the network is told of them.
 
         Random numbers are drawn for the whole batch.
         """
@@ -82,75 +66,64 @@ class Clean(Protocol):
 
 
 class Latents:
-    """Draws from the posteriors of a data set. moments: [N, 2c, h, w], on the device."""
+    """Draws from the posteriors of a data set. moments: [b, 2c, h, w] by step; shape: (2c, h, w)."""
 
-    def __init__(self, moments: Tensor, codec: VAECodec) -> None:
-        self.moments, self.codec = moments, codec
-        self.shape: tuple[int, ...] = (codec.latent_channels, *moments.shape[2:])
+    def __init__(self, moments: Stream, shape: tuple[int, int, int], codec: VAECodec, plan: Plan) -> None:
+        self.moments, self.codec, self.plan = moments, codec, plan
+        self.shape: tuple[int, ...] = (codec.latent_channels, *shape[1:])
 
-    def draw(
-        self, index: Tensor, part: slice, generator: np.random.Generator, count: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        noise = generator.standard_normal((count, *self.shape), np.float32)[part]
-        return self.codec.latents(self.moments[index], to_device(noise, index.device)), {}
+    def draw(self, step: int, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        moments = self.moments[step].float()
+        noise = generator.standard_normal((self.plan.batch_size, *self.shape), np.float32)[self.plan.part]
+        return self.codec.latents(moments, to_device(noise, moments.device)), {}
 
 
 class Pixels:
-    """Images, augmented with a probability. images: uint8 [N, H, W, C], on the device."""
+    """Images, augmented with a probability. images: uint8 [b, H, W, C] by step; shape: (H, W, C)."""
 
-    def __init__(self, images: Tensor, codec: PixelCodec, augment_probability: float) -> None:
-        self.images, self.codec, self.probability = images, codec, augment_probability
-        height, width, channels = images.shape[1:]
+    def __init__(
+        self, images: Stream, shape: tuple[int, int, int], codec: PixelCodec, plan: Plan, augment_probability: float
+    ) -> None:
+        self.images, self.codec, self.plan, self.probability = images, codec, plan, augment_probability
+        height, width, channels = shape
         self.shape: tuple[int, ...] = (channels, height, width)
 
-    def draw(
-        self, index: Tensor, part: slice, generator: np.random.Generator, count: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = self.codec.encode(self.images[index])  # [b, c, h, w]
+    def draw(self, step: int, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = self.codec.encode(self.images[step])  # [b, c, h, w]
         if not self.probability:
             return pixels, {}
-        augmentation = draw_augmentation(generator, count, self.probability)[part]
-        return augment(pixels, augmentation), {"augment_labels": augmentation.labels().to(index.device)}
+        augmentation = draw_augmentation(generator, self.plan.batch_size, self.probability)[self.plan.part]
+        return augment(pixels, augmentation), {"augment_labels": to_device(augmentation.labels(), pixels.device)}
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches by step number, from a data set that is held in memory on the device.
+    """Batches by step number.
 
     Args:
         clean: the data set.
         labels: int64 [N], on the device.
+        plan: which images a step sees.
         process: the denoising process.
-        seed: of order and draws.
-        batch_size: B.
         label_dropout: probability that a label becomes null.
-        part: which images of a batch are this process's.
     """
 
     clean: Clean
     labels: Tensor
+    plan: Plan
     process: ProcessConfig
-    seed: int
-    batch_size: int
     label_dropout: float
-    part: slice
 
     def __getitem__(self, step: int) -> Batch:
-        size = self.batch_size
-        order = image_order(self.seed, step * size, size, len(self.labels))
-        generator = keyed_generator(self.seed, step, _DRAWS)
+        size = self.plan.batch_size
+        generator = keyed_generator(self.plan.seed, step, _DRAWS)
         t = self._mine(draw_times(self.process, generator, size))
         drop = self._mine(generator.random(size) < self.label_dropout)
-        index = self._mine(order)
-        x_start, told = self.clean.draw(index, self.part, generator, size)
+        x_start, told = self.clean.draw(step, generator)
         noise = self._mine(generator.standard_normal((size, *self.clean.shape), np.float32))
-        return Batch(x_start, noise, t, {"y": self.labels[index], "drop_label": drop} | told)
+        y = self.labels[to_device(self.plan.picks(step).index, self.labels.device)]
+        return Batch(x_start, noise, t, {"y": y, "drop_label": drop} | told)
 
     def _mine(self, values: NDArray[Any]) -> Tensor:
-        return to_device(values[self.part], self.labels.device)
-
-
-def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor on the device, by way of pinned memory: the copy does not wait for the device."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        """This process's part, on the device."""
+        return to_device(values[self.plan.part], self.labels.device)

@@ -1,11 +1,30 @@
-"""Image data sets as arrays: uint8 images [N, H, W, C], int64 labels [N] and the names of the classes."""
+"""Image data sets: by name (Fashion-MNIST, CIFAR-10) or from a path (a folder or ZIP), seen as squares of one size.
+
+A data set knows its labels and class names at once and decodes a picture when asked for it.
+
+Letters: N images, S side, C channels (1 grey, 3 RGB).
+"""
+
+from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from diffit.data.crop import MODES, square_pixels
+from diffit.data.files import image_files
+from diffit.data.settings import DataName
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+T = TypeVar("T")
 
 FASHION_CLASSES = (
     "T-shirt/top",
@@ -21,6 +40,59 @@ FASHION_CLASSES = (
 )
 # Where Debian's dataset-fashion-mnist keeps the original files.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+_NAMED_IN_ERRORS = 5
+
+
+class PictureSource(Protocol):
+    """Where pictures come from, at their own sizes."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[N], known without decoding; all 0 where there are no classes."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Empty where there are no classes."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a message calls the picture."""
+
+    def picture(self, index: int) -> Image:
+        """Decoded; raises anything if it is damaged."""
+
+    def fingerprint(self) -> str:
+        """Tells data sets apart."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be decoded."""
+
+    index: int  # in its data set
+    name: str
+    reason: str
+
+
+def listing(images: Sequence[Unreadable]) -> str:
+    """How many images, and the names of the first few."""
+    shown = "; ".join(f"{image.name} ({image.reason})" for image in images[:_NAMED_IN_ERRORS])
+    more = len(images) - _NAMED_IN_ERRORS
+    return f"{len(images)} image{'s' * (len(images) > 1)}: {shown}{f'; and {more} more' * (more > 0)}"
+
+
+class UnreadableImagesError(ValueError):
+    """Images that cannot be decoded; the first few are named."""
+
+    def __init__(self, images: Sequence[Unreadable]) -> None:
+        self.images = images
+        super().__init__(
+            f"cannot read {listing(images)}: mend or remove them, or leave them out with --data.skip_unreadable True"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Sequence[Unreadable]]]:
+        return type(self), (self.images,)  # as a worker process sends it
 
 
 @dataclass(frozen=True)
@@ -30,6 +102,123 @@ class ImageArrays:
     images: NDArray[np.uint8]  # [N, H, W, C]
     labels: NDArray[np.int64]  # [N]
     class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def picture(self, index: int) -> Image:
+        from PIL import Image
+
+        pixels = self.images[index]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(str(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set as squares of one size.
+
+    Args:
+        source: of the pictures.
+        size: S.
+        channels: C.
+        kept: which of the source's pictures belong to it, ascending; all by default.
+    """
+
+    source: PictureSource
+    size: int
+    channels: int
+    kept: NDArray[np.int64] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.source) if self.kept is None else len(self.kept)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.source.labels if self.kept is None else self.source.labels[self.kept]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """uint8 [S, S, C], centre-cropped.
+
+        Raises:
+            UnreadableImagesError: if it cannot be decoded.
+        """
+        number = index if self.kept is None else int(self.kept[index])
+        try:
+            return square_pixels(self.source.picture(number), self.size, self.channels)
+        except Exception as error:  # a decoder raises anything over a damaged file
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise UnreadableImagesError([Unreadable(index, self.source.name(number), reason)]) from error
+
+    def readable(self, indices: Iterable[int]) -> tuple[NDArray[np.uint8], list[Unreadable]]:
+        """Those of these images that can be decoded, uint8 [n, S, S, C], and the others."""
+        images: list[NDArray[np.uint8]] = []
+        unreadable: list[Unreadable] = []
+        for index in indices:
+            try:
+                images.append(self.image(index))
+            except UnreadableImagesError as error:
+                unreadable += error.images
+        none = np.empty((0, self.size, self.size, self.channels), np.uint8)
+        return np.stack(images) if images else none, unreadable
+
+    def keep(self, indices: NDArray[np.int64]) -> Images:
+        """The data set of these images alone."""
+        return replace(self, kept=indices if self.kept is None else self.kept[indices])
+
+    def in_memory(self) -> NDArray[np.uint8] | None:
+        """All images [N, S, S, C], if they are in memory at this size already."""
+        source = self.source
+        if isinstance(source, ImageArrays) and source.images.shape[1:] == (self.size, self.size, self.channels):
+            return source.images if self.kept is None else source.images[self.kept]
+        return None
+
+
+def open_images(name: DataName, path: str | None, size: int, channels: int) -> Images:
+    """A data set by name, or from a path.
+
+    Raises:
+        ValueError: in one sentence, if there are no images, no path, or nothing can be done with that many channels.
+        FileNotFoundError: if the path does not exist, or does not hold the named data set.
+    """
+    if channels not in MODES:
+        raise ValueError(f"images of {channels} channels cannot be made: the network or VAE must take 1 or 3")
+    if name == "fashion_mnist":
+        source: PictureSource = fashion_mnist(path)
+    elif name == "cifar10":
+        source = cifar10(path)
+    elif path is None:
+        raise ValueError("name the images: --data.path FOLDER_OR_ZIP, or --data.name fashion_mnist or cifar10")
+    else:
+        source = image_files(path)
+    return Images(source, size, channels)
+
+
+def fitting_labels(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """The labels for a network of that many classes: all 0, its null label, if it has none.
+
+    Raises:
+        ValueError: if a label is beyond them.
+    """
+    if num_classes == 0:
+        return np.zeros_like(labels)
+    if len(labels) and labels.max() >= num_classes:
+        raise ValueError(
+            f"the data has a label {labels.max()}, but the network has {num_classes} classes (0 to {num_classes - 1}): "
+            f"set network.num_classes to {labels.max() + 1}, or leave it out"
+        )
+    return labels
 
 
 def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageArrays:
@@ -49,13 +238,26 @@ def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageAr
 
 
 def cifar10(path: str | Path | None = None) -> ImageArrays:
-    """CIFAR-10's training images, [50000, 32, 32, 3], through torchvision, which downloads them once to `path`.
+    """The training images of CIFAR-10, RGB: [50000, 32, 32, 3].
 
-    path: the folder that holds (or gets) `cifar-10-batches-py`; `data/` by default.
+    path: the folder that holds cifar-10-batches-py; by default data/, to which torchvision downloads it once.
+
+    Raises:
+        FileNotFoundError: if a path is named that does not hold the files.
+        ValueError: if the download fails.
     """
     from torchvision.datasets import CIFAR10
 
-    data = CIFAR10(path or "data", download=True)
+    if path is None:
+        data = _downloaded("CIFAR-10", lambda: CIFAR10("data", download=True))
+    else:
+        try:
+            data = CIFAR10(path)
+        except RuntimeError as error:  # of files that are missing or corrupted
+            raise FileNotFoundError(
+                f"{path} does not hold CIFAR-10, or not whole: expected cifar-10-batches-py there; leave the path out "
+                "to have it downloaded"
+            ) from error
     return ImageArrays(data.data, np.asarray(data.targets, np.int64), tuple(data.classes))
 
 
@@ -64,7 +266,22 @@ def _fashion_folder(path: Path | None) -> Path:
         return path or DEBIAN_FASHION
     from torchvision.datasets import FashionMNIST
 
-    return Path(FashionMNIST("data", download=True).raw_folder)
+    return Path(_downloaded("Fashion-MNIST", lambda: FashionMNIST("data", download=True)).raw_folder)
+
+
+def _downloaded(name: str, download: Callable[[], T]) -> T:
+    """What a data set of torchvision downloads.
+
+    Raises:
+        ValueError: if it cannot; torchvision fails in several ways.
+    """
+    try:
+        return download()
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{name} cannot be downloaded ({reason}): check the network, or give --data.path the folder of a copy"
+        ) from error
 
 
 def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
@@ -79,6 +296,3 @@ def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
     raise FileNotFoundError(
         f"{folder} does not hold Fashion-MNIST: expected {name}.gz there; leave the path out to have it downloaded"
     )
-
-
-DATASETS = {"fashion_mnist": fashion_mnist, "cifar10": cifar10}

@@ -93,12 +93,14 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
     """The noise levels that sampling visits (Eq. 5), falling from sigma_max to sigma_min and then 0: float64 [steps+1].
 
     Raises:
-        ValueError: if there is no step, or the levels do not fall.
+        ValueError: if there is no step, the levels do not fall, or rho is not above 0.
     """
     if num_steps < 1:
         raise ValueError(f"the number of sampling steps must be at least 1, not {num_steps}")
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"sigma must fall from sigma_max to sigma_min above 0, not from {sigma_max} to {sigma_min}")
+    if rho <= 0:
+        raise ValueError(f"rho must be above 0, not {rho}")
     root_max, root_min = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = torch.linspace(root_max, root_min, num_steps, dtype=torch.float64) ** rho  # [steps]
     return torch.cat([levels, levels.new_zeros(1)])  # [steps + 1]
@@ -117,7 +119,9 @@ def heun_states(
     S_noise: float = 1.0,
     noise: NoiseSource | None = None,
 ) -> Iterator[SamplerState]:
-    """The states of `edm_sampler` as they come, x in float64; arguments and errors are the same."""
+    """The states of `edm_sampler` as they come; arguments and errors are the same."""
+    if min(S_churn, S_min, S_noise) < 0:
+        raise ValueError(f"S_churn, S_min and S_noise must not be negative, as {min(S_churn, S_min, S_noise)} is")
     if S_churn and noise is None:
         raise ValueError("a sampler with S_churn above 0 adds noise at every step: give it a noise source")
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho).tolist()
@@ -125,10 +129,11 @@ def heun_states(
 
     def slope(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """dx/dsigma of the probability flow (Eq. 3), and the denoised x that it points away from."""
-        denoised = denoiser(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)).double()
+        denoised = denoiser(x, torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)).to(x.dtype)
         return (x - denoised) / sigma, denoised
 
-    x = z.double() * sigmas[0]  # [B, c, h, w]
+    wide = torch.float32 if z.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    x = z.to(wide) * sigmas[0]  # [B, c, h, w]
     for step in range(num_steps):
         current, following = sigmas[step], sigmas[step + 1]
         raised = current * (1 + churn) if S_min <= current <= S_max else current
@@ -157,7 +162,7 @@ def edm_sampler(
     S_noise: float = 1.0,
     noise: NoiseSource | None = None,
 ) -> Tensor:
-    """Heun's second-order sampler in float64: Algorithm 1 without churn, Algorithm 2 with it.
+    """Heun's second-order sampler in float64 (float32 on Apple's GPUs): Algorithm 1 without churn, Algorithm 2 with it.
 
     Args:
         denoiser: see the head of this file; EDMPrecond makes one.
@@ -169,10 +174,10 @@ def edm_sampler(
         S_noise: standard deviation of that noise.
         noise: callable () -> standard normal [B, c, h, w], called once a step when S_churn is not 0.
 
-    Returns the samples, float64 [B, c, h, w].
+    Returns the samples [B, c, h, w].
 
     Raises:
-        ValueError: if num_steps is less than 1, the noise levels do not fall, or churn has no noise source.
+        ValueError: if num_steps is less than 1, the noise levels do not fall, churn is negative or has no noise source.
     """
     states = heun_states(denoiser, z, num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, noise)
     return deque(states, maxlen=1).pop().x

@@ -1,6 +1,6 @@
 """The settings of this floor's parts, each a frozen dataclass of its own; no tensor library is needed to read them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 Process = Literal["gaussian", "edm"]
@@ -55,7 +55,8 @@ class SamplingConfig:
         num_sampling_steps: how many of the T steps are taken; also "ddim50" (fixed integer stride) or "10,15,20"
             (steps per equal section) for ddpm and ddim.
         eta: noise of ddim, 0 (deterministic) to 1 (ancestral).
-        clip_denoised: clamp the predicted x_start to [-1, 1] at every step; for pixels, not for latents.
+        clip_denoised: clamp the predicted x_start to [-1, 1] at every step of the Gaussian process; for pixels, not for
+            latents.
         s_churn: noise that heun puts back over all steps; 0 is deterministic.
         s_min: lowest noise level at which heun puts noise back.
         s_max: highest such level; none by default.
@@ -95,6 +96,11 @@ class GuidanceConfig:
 
 
 SAMPLERS: dict[Process, tuple[str, ...]] = {"gaussian": ("ddpm", "ddim", "dpm++", "unipc"), "edm": ("heun",)}
+# The sampling settings that only one process reads.
+_OWN_SETTINGS: dict[Process, tuple[str, ...]] = {
+    "gaussian": ("eta", "clip_denoised"),
+    "edm": ("s_churn", "s_min", "s_max", "s_noise"),
+}
 
 
 def process_of(config: ProcessConfig) -> Process:
@@ -106,13 +112,30 @@ def check_process(process: Process, sampling: SamplingConfig, guidance: Guidance
     """Refuse settings that mean nothing to a process.
 
     Raises:
-        ValueError: if its samplers are others, or guidance is over timesteps that it does not have.
+        ValueError: if its samplers are others, a setting of sampling belongs to another process or is out of range, or
+            guidance is over timesteps that it does not have.
     """
     if sampling.sampler not in SAMPLERS[process]:
         choices = " or ".join(SAMPLERS[process])
         raise ValueError(f"the {sampling.sampler} sampler does not fit the {process} process: choose {choices}")
+    foreign = [name for other, names in _OWN_SETTINGS.items() if other != process for name in names]
+    for setting in fields(sampling):
+        if setting.name in foreign and getattr(sampling, setting.name) != setting.default:
+            raise ValueError(f"--sampling.{setting.name} means nothing to the {process} process: leave it out")
+    _check_churn(sampling)
     if process == "edm" and (guidance.schedule == "power_cosine" or guidance.interval is not None):
         raise ValueError(
             "the edm process has no timesteps for --guidance.schedule power_cosine or --guidance.interval to go by: "
             "leave them out"
+        )
+
+
+def _check_churn(sampling: SamplingConfig) -> None:
+    for name in ("s_churn", "s_min", "s_noise"):
+        if getattr(sampling, name) < 0:
+            raise ValueError(f"--sampling.{name} must not be negative, as {getattr(sampling, name)} is")
+    if sampling.s_max is not None and sampling.s_max < sampling.s_min:
+        raise ValueError(
+            f"heun puts noise back between s_min and s_max: --sampling.s_max must be at least {sampling.s_min}, not "
+            f"{sampling.s_max}"
         )

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config.train import TrainConfig
-from diffit.models.zoo import DiffiTConfig, NetworkConfig, build_model
+from diffit.models.zoo import DiffiTConfig, NetworkConfig, build_model, model_config
 
 _FORWARD_AND_BACKWARD = 3  # the backward pass computes two products for each one of the forward pass
 
@@ -61,7 +61,8 @@ def _inputs(network: NetworkConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 def report(config: TrainConfig, processes: int = 1) -> str:
     """Lines for --dry_run: what would be trained, for how long, in how much memory."""
-    network = config.checkpoint_config((), "").network
+    classes = model_config(config.model, **config.network).num_classes  # the data, which may have others, stay unread
+    network = config.checkpoint_config(("",) * classes, "").network
     found = estimate(network)
     share = processes if config.parallel == "fsdp" else 1
     # Weights, gradients, two moments of AdamW, and the averages, all float32.

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from diffit.config.train import TrainConfig
 from diffit.distributed import World
 from diffit.logs import JsonLog
+from diffit.models.zoo import NetworkConfig
 from diffit.train.estimate import estimate, measured_peak, peak_memory
 
 
@@ -19,13 +20,16 @@ class Watch:
     """Shows and writes what the loop reports. Only rank 0 shows and writes.
 
     Args:
+        network: what is trained, to count its operations.
         first: the step that the run goes on from; later lines of an earlier start are forgotten.
     """
 
-    def __init__(self, config: TrainConfig, first: int, device: torch.device, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, network: NetworkConfig, first: int, device: torch.device, world: World
+    ) -> None:
         self.config, self.device, self.world = config, device, world
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not world.is_main)
-        self.flops = estimate(config.checkpoint_config((), "").network).flops
+        self.flops = estimate(network).flops
         self.peak = measured_peak(device, config.precision)
         self.since, self.first = time.monotonic(), first
         if world.is_main:

@@ -150,6 +150,13 @@ def test_draws():
     assert float(together) == pytest.approx(probability**2, abs=error)
 
 
+def test_the_layout_in_memory_does_not_matter(images):
+    """Images come as [H, W, C], permuted."""
+    augmentation = draw_augmentation(np.random.default_rng(0), 2, 1.0)
+    permuted = images.contiguous(memory_format=torch.channels_last)
+    assert_exact(augment(permuted, augmentation), augment(images, augmentation))
+
+
 def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
     """Neither an image's place in the batch nor its neighbours matter."""
     images = torch.rand(6, 3, 16, 16)
@@ -164,3 +171,17 @@ def test_probability_zero_flips_only():
     drawn = draw_augmentation(np.random.default_rng(0), 50, 0.0)
     assert torch.equal(drawn.labels()[:, 1:], torch.zeros(50, 8))
     assert set(drawn.x_flip.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for(images):
+    """And gives what the CPU does."""
+    augmentation = draw_augmentation(np.random.default_rng(0), 2, 1.0)
+    on_gpu = images.cuda()
+    augment(on_gpu, augmentation)  # the filters are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augmented = augment(on_gpu, augmentation)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(augmented.cpu(), augment(images, augmentation), rtol=0, atol=1e-4)

@@ -225,5 +225,9 @@ def test_unfitting_settings_are_refused():
         edm_sampler(DENOISER, z, 0)
     with pytest.raises(ValueError, match="sigma must fall"):
         edm_sampler(DENOISER, z, 18, sigma_min=90.0)
+    with pytest.raises(ValueError, match="rho must be above 0"):
+        edm_sampler(DENOISER, z, 18, rho=0.0)
+    with pytest.raises(ValueError, match="must not be negative, as -1"):
+        edm_sampler(DENOISER, z, 18, S_churn=-1)
     with pytest.raises(ValueError, match="noise source"):
         edm_sampler(DENOISER, z, 18, S_churn=40)

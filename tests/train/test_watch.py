@@ -1,5 +1,6 @@
 """What one sees of a run: estimates, log, pictures, TensorBoard, --dry_run."""
 
+import os
 import subprocess
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 import yaml
 
+from diffit.config.train import parse_train
 from diffit.models.zoo import DiffiTConfig, build_model
-from diffit.train.estimate import estimate
+from diffit.train.estimate import estimate, report
 from diffit.train.preview import read_picture
 from tests.conftest import ROOT
 from tests.train.runs import TIMING, TRAIN, log_of, run
@@ -95,3 +97,25 @@ def test_an_estimate_computes_nothing():
     before = torch.get_rng_state()
     estimate(DiffiTConfig(depth=1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_costed(recipe):
+    config = parse_train(["--config", str(recipe)]).config
+    assert config.run_dir == f"runs/{recipe.stem}"
+    assert "parameters: " in report(config)
+    assert f"configs/{recipe.name}" in recipe.read_text()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.stem)
+def test_slurm_scripts_set_what_they_use(script):
+    """Run by bash itself, strict about unset variables, with Slurm's programs replaced by ones that only tell."""
+    tell = 'srun() { echo "$@"; return 75; }; scontrol() { echo "scontrol $@"; }; '
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    environment = slurm | {"PATH": os.environ["PATH"]}
+    result = subprocess.run(
+        ["bash", "-c", tell + script.read_text()], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 75, result.stderr
+    assert f"train.py --config configs/{script.stem}.yaml --data.path {ROOT}/imagenet/train" in result.stdout
+    assert "scontrol requeue 7" in result.stdout

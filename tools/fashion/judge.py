@@ -7,6 +7,7 @@ Its penultimate features [B, 128] are the space in which Fréchet distances are 
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,6 +58,24 @@ def load_judge(path: Path = WEIGHTS, device: str = "cpu") -> Judge:
     judge = Judge()
     judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return judge.eval().to(device)
+
+
+def load_features(path: Path | None, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What `evaluations` asks of a classifier: uint8 images [B, 32, 32, 1 or 3] -> features [B, 128], classes [B, 10].
+
+    Raises:
+        ValueError: (when called) if the images are of another size.
+    """
+    judge = load_judge(path or WEIGHTS, str(device))
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.shape[1:3] != (32, 32):
+            height, width = images.shape[1:3]
+            raise ValueError(f"the judge of Fashion-MNIST sees 32x32 images, got {height}x{width}")
+        features = judge.features(_batch(images.float().mean(dim=3)[:, None]))  # [B, 128]
+        return features, judge.head(features).softmax(dim=1)
+
+    return extract
 
 
 def _batch(images: Tensor) -> Tensor:

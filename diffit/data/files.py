@@ -1,0 +1,159 @@
+"""Pictures in a folder or a ZIP: one subfolder per class, or all in one place and then without classes.
+
+What is there is known from names alone; a picture is opened when it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+_SPLITS = frozenset({"train", "val", "validation", "test"})
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The pictures under a folder or in a ZIP.
+
+    Args:
+        root: the folder or the ZIP.
+        names: of the picture files, relative to root, [N].
+        labels: int64 [N]; all 0 without classes.
+        class_names: of the subfolders, sorted; empty without classes.
+        ignored: how many other files are there, by suffix.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    ignored: Counter[str]
+    _archives: dict[int, zipfile.ZipFile] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_archives": {}}  # an open file is of one process
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return f"{self.root}/{self.names[index]}"
+
+    def picture(self, index: int) -> Image:
+        """Picture `index`, decoded. Raises whatever the decoder raises if it cannot be."""
+        from PIL import Image
+
+        with self._open(self.names[index]) as file:
+            picture = Image.open(file)
+            picture.load()
+        return picture
+
+    def fingerprint(self) -> str:
+        """Of the names; the contents are not read."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+
+    def _open(self, name: str) -> IO[bytes]:
+        if self.root.is_dir():
+            return open(self.root / name, "rb")
+        process = os.getpid()  # processes that share a handle would move each other's position in the file
+        if process not in self._archives:
+            self._archives[process] = zipfile.ZipFile(self.root)
+        return self._archives[process].open(name)
+
+
+def image_files(path: str | Path) -> ImageFiles:
+    """The pictures of a folder or ZIP, sorted; each subfolder is a class, with all that lies under it.
+
+    A folder that holds nothing but one folder of folders stands for that one; beside val or test, train is taken.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: in one sentence, if it holds no pictures, or they are laid out in another way.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(f"there are no images at {root}: check --data.path")
+    entries = sorted(_walk(root) if root.is_dir() else _members(root))
+    top = _top([entry for entry in entries if _suffix(entry) in SUFFIXES])
+    entries = [entry for entry in entries if entry.startswith(top)]
+    files = [entry for entry in entries if not entry.endswith("/")]
+    names = tuple(name for name in files if _suffix(name) in SUFFIXES)
+    ignored = Counter(_suffix(name) for name in files if _suffix(name) not in SUFFIXES)
+    if not names:
+        others = f" (only {_counts(ignored)})" if ignored else ""
+        raise ValueError(f"{root} holds no images{others}: --data.path must be a folder or a ZIP of images")
+    classes = [_class_of(name[len(top) :]) for name in names]
+    if "" in classes and len(set(classes)) > 1:
+        stray = names[classes.index("")]
+        raise ValueError(f"{root} holds both class folders and loose images such as {stray}: move those into a class")
+    class_names = tuple(sorted({*classes} - {""}))
+    empty = {_class_of(entry[len(top) :]) for entry in entries} - {"", *class_names}
+    if class_names and empty:
+        raise ValueError(f"the class folder '{min(empty)}' of {root} holds no images: fill it, or remove it")
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = np.array([number.get(name, 0) for name in classes], np.int64)
+    return ImageFiles(root, names, labels, class_names, ignored)
+
+
+def _walk(root: Path) -> Iterable[str]:
+    """Relative names of all files, and of folders with a slash at the end."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not _hidden(name)]
+        relative = Path(folder).relative_to(root)
+        yield from ((relative / name).as_posix() + "/" for name in subfolders)
+        yield from ((relative / name).as_posix() for name in files if not _hidden(name))
+
+
+def _members(path: Path) -> Iterable[str]:
+    """The same of a ZIP."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path} is neither a folder nor a readable ZIP ({error}): check --data.path") from error
+    return {name for name in names if not any(_hidden(part) for part in name.split("/"))}
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _top(names: list[str]) -> str:
+    """The prefix of pictures' names under which the classes lie."""
+    top = ""
+    while True:
+        below = [name[len(top) :] for name in names if name.startswith(top)]
+        folders = {_class_of(name) for name in below}
+        if "train" in folders and len(folders) > 1 and folders <= _SPLITS:
+            top += "train/"
+        elif len(folders) == 1 and folders != {""} and all(name.count("/") > 1 for name in below):
+            top += f"{folders.pop()}/"
+        else:
+            return top
+
+
+def _class_of(name: str) -> str:
+    """The first folder of a relative name; empty for a file outside folders."""
+    first, slash, _ = name.partition("/")
+    return first if slash else ""
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _counts(ignored: Counter[str]) -> str:
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))

@@ -1,0 +1,40 @@
+"""What may be set about data. No tensor library is needed to read it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DataName = Literal["folder", "fashion_mnist", "cifar10"]
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """Images.
+
+    Args:
+        name: folder (or ZIP; one subfolder per class, or none), or a known data set.
+        path: the folder or ZIP; of a known data set the folder of its files, by default an installed copy, or else it
+            is downloaded to data/.
+        workers: processes that read images, for each process that computes; never more than there are cores.
+        skip_unreadable: name and leave out images that cannot be read, rather than stop.
+    """
+
+    name: DataName = "folder"
+    path: str | None = None
+    workers: int = 8
+    skip_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig(ImagesConfig):
+    """The training images.
+
+    Args:
+        flip: show every other image mirrored, at random; the augmentation of pixels does so by itself.
+        cache: folder of a latent cache, by default RUN_DIR/cache; made if it is not there. Without a path, a finished
+            one is all that is needed.
+        augment: probability of each transform of EDM's augmentation, of pixels only; 0 is no augmentation at all.
+    """
+
+    flip: bool = True
+    cache: str | None = None
+    augment: float = 0.0

@@ -1,0 +1,109 @@
+"""Public files that an evaluation needs: fetched once, kept in a cache, and recognised by their SHA-256.
+
+No list of hashes is published with these files. So the first download (or first use) writes the file's hash beside it,
+as `NAME.sha256` in the format of the tool sha256sum, and every later use compares: what was changed since is refused.
+Whoever knows the right hash can put it there first. torch-fidelity's file carries the start of its hash in its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+_ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
+INCEPTION_GRAPH = "classify_image_graph_def.pb"
+INCEPTION_STATE = "weights-inception-2015-12-05-6726825d.pth"
+REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
+SELF_TEST_SAMPLES = "admnet_guided_upsampled_imagenet256.npz"
+URLS = {
+    INCEPTION_GRAPH: f"{_ADM}{INCEPTION_GRAPH}",
+    REFERENCES[256]: f"{_ADM}imagenet/256/{REFERENCES[256]}",
+    REFERENCES[512]: f"{_ADM}imagenet/512/{REFERENCES[512]}",
+    SELF_TEST_SAMPLES: f"{_ADM}imagenet/256/{SELF_TEST_SAMPLES}",
+}
+
+
+def cache_folder() -> Path:
+    """Where downloads live: $DIFFIT_CACHE, or diffit/ in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffit"
+    return Path(os.environ.get("DIFFIT_CACHE") or default)
+
+
+def cached(name: str) -> Path:
+    """A public file by name: from the cache, or downloaded to it; its hash is checked.
+
+    Raises:
+        FileNotFoundError: if it is not there and cannot be downloaded.
+        ValueError: if it was altered.
+    """
+    path = cache_folder() / name
+    if not path.is_file():
+        _download(URLS[name], path)
+    verify(path)
+    return path
+
+
+def verify(path: Path) -> None:
+    """Compare a file with the hash in its name or beside it; without one, write it beside the file.
+
+    Raises:
+        ValueError: if the hash differs.
+    """
+    digest = sha256(path)
+    note = path.with_name(f"{path.name}.sha256")
+    in_name = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    expected = note.read_text().split()[0] if note.is_file() else in_name[1] if in_name else None
+    if expected is None:
+        _remember(note, f"{digest}  {path.name}\n")
+    elif not digest.startswith(expected):
+        raise ValueError(
+            f"{path} was altered or damaged: its SHA-256 starts with {digest[:8]}, expected {expected[:8]}; delete it "
+            f"to have it fetched again (or {note.name} if the change was meant)"
+        )
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        result = hashlib.sha256()
+        while block := file.read(1 << 22):
+            result.update(block)
+    return result.hexdigest()
+
+
+def _remember(note: Path, content: str) -> None:
+    """Write the note; in a folder that cannot be written there is none, and the next use is again the first."""
+    temporary = note.with_name(f"{note.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(content)
+        os.replace(temporary, note)
+    except OSError:
+        return
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch with a progress bar; the file appears under its name only when whole."""
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as file:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, desc=path.name, unit="B", unit_scale=True) as bar:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if size and temporary.stat().st_size != size:
+            raise urllib.error.URLError(f"connection closed after {temporary.stat().st_size} of {size} bytes")
+        os.replace(temporary, path)
+    except OSError as error:  # URLError is one
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "reason", error)
+        raise FileNotFoundError(
+            f"{path.name} is needed and cannot be fetched ({reason}): download {url} elsewhere and put it at {path}"
+        ) from error

@@ -1,0 +1,142 @@
+"""Improved precision and recall (Kynkäänniemi et al. 2019), with distances in blocks so that memory stays small.
+
+Each set of features stands for the union of balls around its points, which reach to the k-th nearest neighbour.
+Precision is the share of samples inside the reference's balls, recall the share of the reference inside the samples'.
+Letters: N, M points, D features, B points of a block, k neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+_BLOCK = 4096
+# ADM decides per block of this size whether half precision is enough.
+_ADM_BLOCK = 10_000
+
+
+class PrecisionRecall(NamedTuple):
+    """Two shares in [0, 1]."""
+
+    precision: float
+    recall: float
+
+
+def manifold_radii(features: Any, k: int = 3, fp16: bool = False, progress: bool = False) -> NDArray[np.float32]:
+    """Squared distance of every point to its k-th nearest neighbour, itself not counted.
+
+    features: array or tensor [N, D], on the device that shall do the work. Returns [N]. fp16: see `precision_recall`.
+
+    Raises:
+        ValueError: if k is not below N.
+    """
+    return _radii(_points(features), k, fp16, progress).cpu().numpy()
+
+
+def precision_recall(
+    reference: Any, samples: Any, k: int = 3, fp16: bool = False, progress: bool = False
+) -> PrecisionRecall:
+    """Precision and recall of samples [N, D] against reference features [M, D] (arrays or tensors on one device).
+
+    A point is inside a ball if its squared distance is at most the radius. fp16 does as ADM's TensorFlow code: a block
+    of distances is computed in half precision wherever that stays finite, which moves both numbers by up to 0.0025.
+
+    Raises:
+        ValueError: if the sets have different D, or k is not below N and M.
+    """
+    a, b = _points(reference), _points(samples)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"reference has {a.shape[1]} features and samples have {b.shape[1]}: use the same backend")
+    if not fp16:  # moving both sets together changes no distance, and keeps the digits of |a|² - 2ab + |b|²
+        centre = a.mean(dim=0)
+        a, b = a - centre, b - centre
+    radii_a, radii_b = _radii(a, k, fp16, progress, "reference radii"), _radii(b, k, fp16, progress, "sample radii")
+    a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+    pairs = [(i, j) for i in _blocks(len(a), fp16) for j in _blocks(len(b), fp16)]
+    for i, j in tqdm(pairs, "precision/recall", disable=not progress, leave=False):
+        distances = _distances(a[i], b[j], fp16)  # [Bi, Bj]
+        a_inside[i] |= (distances <= radii_b[j]).any(dim=1)
+        b_inside[j] |= (distances <= radii_a[i, None]).any(dim=0)
+    return PrecisionRecall(b_inside.double().mean().item(), a_inside.double().mean().item())
+
+
+def _points(features: Any) -> Tensor:
+    return torch.as_tensor(features).float()
+
+
+def _blocks(count: int, fp16: bool) -> Iterator[slice]:
+    size = _ADM_BLOCK if fp16 else _BLOCK
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _radii(points: Tensor, k: int, fp16: bool, progress: bool, title: str = "radii") -> Tensor:
+    """Squared distances [N] to the k-th neighbour; each block of distances serves its rows and its columns."""
+    if k >= len(points):
+        raise ValueError(f"{k} nearest neighbours need more than {k} points, got {len(points)}")
+    if not fp16:
+        points = points - points.mean(dim=0)
+    nearest = points.new_full((len(points), k + 1), float("inf"))  # itself at distance zero, and k others
+    blocks = list(_blocks(len(points), fp16))
+    pairs = [(i, j) for number, i in enumerate(blocks) for j in (blocks if fp16 else blocks[number:])]
+    for i, j in tqdm(pairs, title, disable=not progress, leave=False):
+        distances = _distances(points[i], points[j], fp16)  # [Bi, Bj]
+        nearest[i] = _merge(nearest[i], distances)
+        if i != j and not fp16:  # in half precision d(a, b) and d(b, a) may round differently: both are computed
+            nearest[j] = _merge(nearest[j], distances.T)
+    return nearest[:, k]
+
+
+def _merge(nearest: Tensor, distances: Tensor) -> Tensor:
+    """The smallest of both per row, ascending. nearest: [B, k+1]; distances: [B, M]."""
+    found = distances.topk(min(nearest.shape[1], distances.shape[1]), dim=1, largest=False, sorted=False).values
+    return torch.cat([nearest, found], dim=1).topk(nearest.shape[1], dim=1, largest=False).values
+
+
+def _distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
+    """Squared distances [N, M], float32, of points [N, D] and [M, D]."""
+    if fp16:
+        half = _combine(a.half(), b.half(), _half_norms(a.half()), _half_norms(b.half()))
+        if bool(torch.isfinite(half).all()):
+            return half.float()
+    return _combine(a, b, a.square().sum(dim=1), b.square().sum(dim=1))
+
+
+def _combine(a: Tensor, b: Tensor, norms_a: Tensor, norms_b: Tensor) -> Tensor:
+    """|a|² - 2ab + |b|² [N, M], not below zero, in the arithmetic of its arguments."""
+    return (a @ b.T).mul_(-2).add_(norms_a[:, None]).add_(norms_b).clamp_(min=0)
+
+
+def _half_norms(points: Tensor) -> Tensor:
+    """Squared norms [N] of float16 points [N, D], added up in the order of TensorFlow's CPU kernel.
+
+    That order shows in the results: lanes of 8 are summed in float16, by four interleaved accumulators per 1024
+    features, and only the 8 lanes at the end in float32.
+    """
+    squares = points.square()
+    count = squares.shape[1]
+    if count > 1024:
+        middle = -(-count // 16) * 8
+        return _half_norms(points[:, :middle]) + _half_norms(points[:, middle:])
+    lanes = torch.nn.functional.pad(squares, (0, -count % 8)).view(len(points), -1, 8)
+    whole = lanes.shape[1] // 4 * 4
+    total = torch.zeros_like(lanes[:, 0])
+    for accumulator in range(min(4, whole)):
+        total = total + _running_sum(lanes[:, accumulator:whole:4])
+    for rest in range(whole, lanes.shape[1]):
+        total = total + lanes[:, rest]
+    return total.float().sum(dim=1).half()
+
+
+def _running_sum(lanes: Tensor) -> Tensor:
+    """The sum over the second axis, rounded to float16 after every term. lanes: [N, count, 8]."""
+    total = lanes[:, 0]
+    for index in range(1, lanes.shape[1]):
+        total = total + lanes[:, index]
+    return total

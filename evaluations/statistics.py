@@ -1,0 +1,152 @@
+"""Moments of features, and the two scores made of them: the Fréchet distance and the Inception Score.
+
+Letters: N samples, D features, K classes. All arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+class SingularCovarianceWarning(UserWarning):
+    """A covariance has no full rank: the distance is defined, but says little about D dimensions."""
+
+
+class Moments:
+    """Mean and covariance of a stream of features, batch by batch; two of them merge (Chan et al. 1979).
+
+    What is added up are outer products of centred features, so no digits are lost to a large mean.
+
+    Attributes:
+        count, mean: N and the mean [D] of what was seen; the mean is empty before.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Floats = np.zeros(0)
+        self._scatter: Floats = np.zeros((0, 0))  # [D, D], the upper triangle alone
+
+    def update(self, features: ArrayLike) -> None:
+        """Add a batch of features [N, D]."""
+        batch = np.asarray(features, dtype=np.float64)
+        if not len(batch):
+            return
+        if not self.count:
+            self.mean = np.zeros(batch.shape[1])
+            self._scatter = np.zeros((batch.shape[1],) * 2, order="F")
+        mean = batch.mean(axis=0)
+        # The step from the old mean to the batch's counts like one more centred sample.
+        step = self._step(mean, len(batch))
+        rows = np.vstack([batch - mean, step])
+        self._scatter = scipy.linalg.blas.dsyrk(1.0, rows.T, beta=1.0, c=self._scatter, overwrite_c=True)
+
+    def _step(self, mean: Floats, count: int) -> Floats:
+        """Move on to the mean of all with `count` more around another mean; returns that step, to be squared."""
+        total = self.count + count
+        shift = mean - self.mean
+        weight = np.sqrt(self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+        return shift * weight
+
+    def merge(self, other: Moments) -> None:
+        """Add all that another one has seen."""
+        if not self.count:
+            self.count, self.mean, self._scatter = other.count, other.mean, other._scatter.copy(order="F")
+        elif other.count:
+            step = self._step(other.mean, other.count)
+            self._scatter += other._scatter
+            self._scatter += np.triu(np.outer(step, step))
+
+    def covariance(self) -> Floats:
+        """The unbiased covariance [D, D].
+
+        Raises:
+            ValueError: if fewer than two samples were seen.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        return (self._scatter + np.triu(self._scatter, 1).T) / (self.count - 1)
+
+
+def _square_root(sigma: Floats, name: str) -> Floats:
+    """A factor L [D, rank] with L Lᵀ = sigma: Cholesky with pivots, which stops at the numerical rank."""
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+    if rank < len(sigma):
+        warnings.warn(
+            f"the covariance of the {name} has rank {rank} of {len(sigma)}: with fewer samples than features (or with "
+            "features that never change) the Fréchet distance is biased upwards and compares only at equal counts",
+            SingularCovarianceWarning,
+            stacklevel=3,
+        )
+    root = np.empty((len(sigma), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    return root
+
+
+def trace_sqrt_product(sigma1: Floats, sigma2: Floats, names: tuple[str, str] = ("first", "second")) -> float:
+    """Tr((S1 S2)^(1/2)) of two covariances [D, D], from the eigenvalues of a symmetric product.
+
+    With S = L Lᵀ the product S1 S2 shares its non-zero eigenvalues with M Mᵀ, M = L1ᵀ L2. The factors have as many
+    columns as their covariance has rank, and of M Mᵀ and MᵀM the smaller one is taken; so there are no eigenvalues
+    that are zero but for rounding, whose square roots would be far from zero.
+    """
+    product = _square_root(sigma1, names[0]).T @ _square_root(sigma2, names[1])
+    if product.shape[0] > product.shape[1]:
+        product = product.T
+    eigenvalues = scipy.linalg.eigvalsh(product @ product.T)
+    return float(np.sqrt(eigenvalues.clip(min=0)).sum())
+
+
+def frechet_distance(
+    mu1: ArrayLike,
+    sigma1: ArrayLike,
+    mu2: ArrayLike,
+    sigma2: ArrayLike,
+    names: tuple[str, str] = ("first set", "second set"),
+) -> float:
+    """|mu1 - mu2|² + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared Fréchet distance of two Gaussians (Heusel et al. 2017).
+
+    mu: [D]; sigma: [D, D]; names are for the warning about a singular covariance.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a number is not finite.
+    """
+    m1, s1, m2, s2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
+    d = len(m1)
+    if m2.shape != (d,) or s1.shape != (d, d) or s2.shape != (d, d):
+        raise ValueError(
+            f"moments do not fit: means {m1.shape} and {m2.shape}, covariances {s1.shape} and {s2.shape}; "
+            "were both made with the same features?"
+        )
+    if not all(np.isfinite(x).all() for x in (m1, s1, m2, s2)):
+        raise ValueError("moments hold NaN or infinite values: the features or the reference file are damaged")
+    shift = m1 - m2
+    return float(shift @ shift + np.trace(s1) + np.trace(s2) - 2 * trace_sqrt_product(s1, s2, names))
+
+
+def inception_score(probabilities: Any, split_size: int = 5000) -> float:
+    """exp of the mean KL(p(y|x) || p(y)) of each split of 5000 samples, averaged over splits (Salimans et al. 2016).
+
+    probabilities: [N, K], rows summing to 1, in the order of the samples. As in ADM the last split may be shorter and
+    weighs as much as the others. A probability of zero counts nothing.
+
+    Raises:
+        ValueError: if there are no samples.
+    """
+    if len(probabilities) == 0:
+        raise ValueError("an Inception Score needs at least one sample")
+    scores = []
+    for start in range(0, len(probabilities), split_size):
+        part = np.asarray(probabilities[start : start + split_size], dtype=np.float64)
+        divergence = scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1)
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores))

@@ -1,0 +1,184 @@
+"""Folders, ZIPs and named data sets: what is found, what is refused, and in which words."""
+
+import hashlib
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffit.data.datasets import UnreadableImagesError, cifar10, fitting_labels, open_images
+from diffit.data.files import image_files
+from tests.data.pictures import cut_off, write_pictures, zipped
+
+CLASSES = {"dog": 2, "cat": 3, "zebra": 1}
+
+
+def test_class_folders(tmp_path):
+    files = image_files(write_pictures(tmp_path, CLASSES))
+    assert files.class_names == ("cat", "dog", "zebra")
+    assert files.labels.tolist() == [0, 0, 0, 1, 1, 2]
+    assert files.labels.dtype == np.int64
+    assert files.names[3] == "dog/000.png"
+
+
+def test_pixels_are_those_of_the_files(tmp_path):
+    """At its own size a square picture comes through untouched."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    images = open_images("folder", str(tmp_path), 24, 3)
+    assert (images.image(0) == pixels).all()
+    assert images.in_memory() is None
+
+
+def test_a_flat_folder_has_no_classes(tmp_path):
+    files = image_files(write_pictures(tmp_path, {"": 4}))
+    assert (files.class_names, files.labels.tolist()) == ((), [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("classes", [CLASSES, {"": 3}])
+def test_a_zip_equals_its_folder(tmp_path, classes):
+    root = write_pictures(tmp_path / "images", classes)
+    folder, archive = (open_images("folder", str(path), 16, 3) for path in (root, zipped(root, tmp_path / "a.zip")))
+    assert archive.class_names == folder.class_names
+    assert archive.labels.tolist() == folder.labels.tolist()
+    assert archive.source.fingerprint() == folder.source.fingerprint()
+    for index in range(len(folder)):
+        assert (archive.image(index) == folder.image(index)).all()
+    assert len(pickle.loads(pickle.dumps(archive)).image(0)) == 16  # as it travels to a worker
+
+
+def test_wrapping_folders_and_splits_are_seen_through(tmp_path):
+    root = write_pictures(tmp_path / "images", CLASSES)
+    expected = image_files(root)
+    wrapped = image_files(zipped(root, tmp_path / "wrapped.zip", prefix="my/images/"))
+    assert wrapped.class_names == expected.class_names
+    write_pictures(tmp_path / "imagenet" / "train", CLASSES)
+    write_pictures(tmp_path / "imagenet" / "val", {"cat": 5, "dog": 5})
+    split = image_files(tmp_path / "imagenet")
+    assert split.class_names == expected.class_names
+    assert split.labels.tolist() == expected.labels.tolist()
+    # A class of that name beside others is a class.
+    assert image_files(write_pictures(tmp_path / "toys", {"train": 1, "car": 1})).class_names == ("car", "train")
+
+
+def test_nested_and_hidden_files(tmp_path):
+    write_pictures(tmp_path, {"cat/young": 1, "cat": 1, "dog": 1, ".thumbs": 2, "__MACOSX/cat": 1})
+    (tmp_path / "readme.txt").write_text("words")
+    files = image_files(tmp_path)
+    assert files.names == ("cat/000.png", "cat/young/000.png", "dog/000.png")
+    assert files.ignored == {".txt": 1}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({}, "holds no images: --data.path must be"),
+        ({"": 1, "cat": 1}, "both class folders and loose images such as 000.png"),
+        ({"cat": 1, "dog": 0}, "the class folder 'dog'.* holds no images"),
+    ],
+)
+def test_other_layouts_are_refused(tmp_path, kind, classes, message):
+    root = tmp_path / "images"
+    root.mkdir()
+    write_pictures(root, classes)
+    path = zipped(root, tmp_path / "a.zip") if kind == "zip" else root
+    with pytest.raises(ValueError, match=message) as caught:
+        image_files(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_counted_where_there_are_no_images(tmp_path):
+    (tmp_path / "notes.txt").write_text("words")
+    with pytest.raises(ValueError, match=r"holds no images \(only 1 \.txt\)"):
+        image_files(tmp_path)
+
+
+def test_paths_that_are_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are no images at"):
+        image_files(tmp_path / "nowhere")
+    (tmp_path / "no.zip").write_bytes(b"PK not really")
+    with pytest.raises(ValueError, match="neither a folder nor a readable ZIP"):
+        image_files(tmp_path / "no.zip")
+    with pytest.raises(ValueError, match=r"name the images: --data\.path"):
+        open_images("folder", None, 32, 3)
+    with pytest.raises(ValueError, match="images of 4 channels"):
+        open_images("folder", str(tmp_path), 32, 4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_damaged_image_is_named(tmp_path, suffix):
+    root = write_pictures(tmp_path, {"cat": 2})
+    Image.effect_noise((64, 64), 50).convert("RGB").save(root / "cat" / f"half.{suffix}")
+    cut_off(root / "cat" / f"half.{suffix}")
+    images = open_images("folder", str(root), 16, 3)
+    pixels, unreadable = images.readable(range(3))
+    assert pixels.shape == (2, 16, 16, 3)
+    assert [image.index for image in unreadable] == [2]
+    with pytest.raises(UnreadableImagesError, match=f"1 image: .*cat/half.{suffix} \\(.+\\): mend or remove"):
+        images.image(2)
+
+
+def test_damage_inside_a_zip_is_named(tmp_path):
+    root = write_pictures(tmp_path / "images", {"cat": 2})
+    path = zipped(root, tmp_path / "a.zip")
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("cat/001.png").header_offset
+    content = bytearray(path.read_bytes())
+    content[start + 200] ^= 255
+    path.write_bytes(content)
+    _, unreadable = open_images("folder", str(path), 16, 3).readable(range(2))
+    assert [image.name for image in unreadable] == [f"{path}/cat/001.png"]
+
+
+def test_many_damaged_images_are_counted(tmp_path):
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(b"nothing")
+    _, unreadable = open_images("folder", str(tmp_path), 16, 3).readable(range(8))
+    message = str(UnreadableImagesError(unreadable))
+    assert "8 images: " in message
+    assert "and 3 more" in message
+    assert ("/4.jpg" in message, "/5.jpg" in message) == (True, False)
+
+
+def test_labels_must_fit_the_network():
+    labels = np.array([0, 2, 1])
+    assert fitting_labels(labels, 3).tolist() == [0, 2, 1]
+    assert fitting_labels(labels, 0).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"a label 2, but the network has 2 classes \(0 to 1\)"):
+        fitting_labels(labels, 2)
+
+
+def test_cifar10_in_its_own_files(tmp_path, monkeypatch):
+    """Generated batches in CIFAR-10's format, read by torchvision; only its list of checksums is ours."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    pixels, sums = [], {}
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for name in names:
+        data = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+        pixels.append(data)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [3, 1, 4, 1]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    for name in (*names, "batches.meta"):
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+    data = cifar10(tmp_path)
+    expected = np.concatenate(pixels[:5]).reshape(20, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert (data.images == expected).all()
+    assert data.labels.tolist() == [3, 1, 4, 1] * 5
+    assert data.class_names == tuple("abcdefghij")
+    images = open_images("cifar10", str(tmp_path), 32, 3)
+    assert (images.in_memory() == data.images).all()
+
+
+def test_cifar10_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not hold an intact CIFAR-10"):
+        cifar10(tmp_path)

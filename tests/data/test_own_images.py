@@ -1,0 +1,49 @@
+"""train.py on a user's own images: classes are counted, or there are none, and mistakes are one sentence."""
+
+import pytest
+
+from diffit import load_model
+from diffit.config.train import TrainConfig, parse_train
+from diffit.training import train
+from tests.data.pictures import write_pictures
+from tests.small_models import save_small_vae
+
+LATENT = "--model Diffit-S --network.input_size 8 --network.hidden_size 16 --network.depth 1 --network.num_heads 2"
+PIXELS = "--model ImageDiffit-Tiny --network.input_size 16 --process edm --codec.vae pixels --sampling.sampler heun"
+SHORT = "--batch_size 4 --steps 1 --device cpu --precision fp32 --data.workers 0"
+
+
+def run(folder, settings, data, *more):
+    flags = [*settings.split(), *SHORT.split(), "--data.path", str(data), "--run_dir", str(folder / "run"), *more]
+    return load_model(train(parse_train(flags)))[1]
+
+
+@pytest.fixture
+def latent(tmp_path):
+    return f"{LATENT} --codec.factor 2 --codec.vae {save_small_vae(tmp_path / 'vae')}"
+
+
+def test_classes_are_those_of_the_data(tmp_path, latent):
+    trained = run(tmp_path, latent, write_pictures(tmp_path / "images", {"cat": 3, "dog": 2, "owl": 2}))
+    assert (trained.network.num_classes, trained.class_names) == (3, ("cat", "dog", "owl"))
+
+
+def test_a_flat_folder_makes_an_unconditional_model(tmp_path, latent):
+    trained = run(tmp_path, latent, write_pictures(tmp_path / "images", {"": 5}))
+    assert (trained.network.num_classes, trained.class_names) == (0, ())
+
+
+def test_pixels_of_a_folder(tmp_path):
+    trained = run(tmp_path, f"{PIXELS} --codec.factor 1", write_pictures(tmp_path / "images", {"cat": 3, "dog": 2}))
+    assert (trained.network.num_classes, trained.class_names) == (0, ())  # an unconditional size stays so
+
+
+def test_a_label_beyond_the_classes_is_refused(tmp_path):
+    images = write_pictures(tmp_path / "images", {"cat": 3, "dog": 2, "owl": 1})
+    with pytest.raises(ValueError, match="the data has a label 2, but the network has 2 classes"):
+        run(tmp_path, f"{PIXELS} --codec.factor 1 --network.num_classes 2", images)
+
+
+def test_more_classes_than_the_data_has_are_allowed():
+    config = TrainConfig(model="Diffit-S", network={"num_classes": 12})
+    assert config.checkpoint_config(("cat", "dog"), "").network.num_classes == 12
