@@ -7,19 +7,27 @@ from diffit.config.train import parse_train
 
 
 def main() -> int:
-    """Parse, train, say where the weights are; 2 if the user can mend it, 130 if interrupted."""
+    """Parse, train, say where the weights are; 2 if the user can mend it, 75 if asked to stop, 130 if interrupted."""
     task = parse_train()
     if task.config.dry_run:
         import yaml
 
+        from diffit.distributed import detect_world
+        from diffit.train.estimate import report
+
         print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
+        print("\n".join(f"# {line}" for line in report(task.config, detect_world().size).splitlines()))
         return 0
+    from diffit.train.stopping import EXIT_CODE, Stopped
     from diffit.training import train
 
     try:
         path = train(task)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130

@@ -1,9 +1,9 @@
-"""Exponential moving average of a network's weights: what is sampled from."""
+"""Exponential moving averages of a network's weights: what is sampled from."""
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 RAMP_UP = 0.05
 
@@ -29,7 +29,8 @@ class EMA:
     """A copy of a network that follows it: average = decay * average + (1 - decay) * weights.
 
     Args:
-        model: the network; its copy, in eval mode and without gradients, is `.model`.
+        model: the network; its copy, in eval mode and without gradients, is `.model`. If one is sharded over processes,
+            the other must be so too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,4 +39,9 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
         """Follow the network after an optimizer step, with that step's decay in [0, 1)."""
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(_here(self.model), _here(model), 1 - decay)
+
+
+def _here(model: nn.Module) -> list[Tensor]:
+    """The parameters, or what this process holds of them."""
+    return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from diffit.codec import Codec
     from diffit.diffusion.gaussian import Model
-    from diffit.diffusion.guidance import Schedule
     from diffit.diffusion.samplers import Sampler
 
 log = logging.getLogger(__name__)
@@ -190,34 +189,11 @@ class Generation:
 
     def _denoiser(self, model: Any, labels: Tensor) -> Model:
         """(x, t) -> prediction for these labels, guided if the settings say so."""
-        from diffit.diffusion import ClassifierFreeGuidance
+        from diffit.diffusion import guided_model
 
-        guidance = self.config.guidance
-        if not (self.conditional and guidance.enabled and guidance.scale != 1):
-            return lambda x, t: model(x, t, labels)
-        return ClassifierFreeGuidance(
-            model,
-            labels,
-            self.num_classes,
-            guidance.scale,
-            self._schedule(),
-            guidance.power,
-            None if guidance.channels == "all" else guidance.channels,
-            guidance.interval,
-            self.config.diffusion.diffusion_steps,
-        )
-
-    def _schedule(self) -> Schedule:
-        """The guidance schedule. EDM's is constant.
-
-        There the raw prediction F is what is guided: the denoised image is an affine function of it, so that guiding
-        either is the same.
-        """
-        from diffit.diffusion import resolve_schedule
-
-        if self.config.process == "edm":
-            return "constant"
-        return resolve_schedule(self.config.guidance.schedule, self.checkpoint.network.input_size)
+        classes = self.num_classes if self.conditional else 0
+        size = self.checkpoint.network.input_size
+        return guided_model(model, labels, classes, self.config.guidance, self.config.process_config, size)
 
     def _finish(self) -> Path:
         """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import shutil
-import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffit import distributed
-from diffit.checkpoint import find_checkpoint, load_weights, save_checkpoint, write_atomically
+from diffit.checkpoint import find_checkpoint, load_weights, write_atomically
 from diffit.codec import create_codec
 from diffit.config.parser import as_tree
 from diffit.config.train import OptimizerConfig, TrainConfig, TrainTask
@@ -23,15 +21,26 @@ from diffit.data.batches import Batch, Batches, dropout_seed
 from diffit.data.datasets import fitting_labels
 from diffit.data.order import Plan
 from diffit.data.prepare import TrainingData, prepare_data
-from diffit.device import autocast, resolve_device, set_matmul_precision
+from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion import EDM, GaussianDiffusion, create_diffusion
-from diffit.diffusion.gaussian import TrainingLosses
 from diffit.diffusion.settings import EDMConfig, ProcessConfig
 from diffit.ema import EMA, half_life_decay, ramped_decay
-from diffit.logs import JsonLog
 from diffit.models.zoo import build_model, model_config
-
-EMA_FILE, STATE_FILE = "ema.safetensors", "state.pt"
+from diffit.train.adapt import adapt_state
+from diffit.train.checkpoints import Checkpoints
+from diffit.train.parallel import (
+    Parallel,
+    agreed,
+    gradient_norm,
+    is_sharded,
+    out_of_step,
+    recompute_blocks,
+    shard,
+)
+from diffit.train.preview import Preview, read_picture
+from diffit.train.state import EMA_FILE, RunState, ema_files
+from diffit.train.stopping import Skips, Stopped, StopSignals
+from diffit.train.watch import Watch
 
 
 def train(task: TrainTask) -> Path:
@@ -39,6 +48,7 @@ def train(task: TrainTask) -> Path:
 
     Raises:
         ValueError: in one sentence, for everything that a user can mend.
+        Stopped: if SIGTERM or SIGUSR1 asked for it; the checkpoint is written.
     """
     device = resolve_device(task.config.device)
     set_matmul_precision(task.config.precision)
@@ -56,11 +66,11 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warm * decay
 
 
-def averaging_decay(config: TrainConfig, step: int) -> float:
-    """The decay of the averaged weights at optimizer step `step`, counted from 1."""
+def averaging_decays(config: TrainConfig, step: int) -> list[float]:
+    """The decay of each average at optimizer step `step`, counted from 1."""
     if config.ema_half_life is None:
-        return ramped_decay(config.ema_decay, step)
-    return half_life_decay(config.ema_half_life, config.batch_size, step)
+        return [ramped_decay(decay, step) for decay in config.averages]
+    return [half_life_decay(half_life, config.batch_size, step) for half_life in config.averages]
 
 
 def create_process(config: ProcessConfig) -> GaussianDiffusion | EDM:
@@ -77,22 +87,37 @@ class Training:
         self.config = config = task.config
         self.recipe, self.device, self.world = task.recipe, device, world
         self.run_dir = Path(config.run_dir)
-        self.checkpoints = self.run_dir / "checkpoints"
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.keep, config.keep_every)
         data = self._data()
         self.description = config.checkpoint_config(data.class_names, "")
         self.batches = self._batches(data)
         self.process = create_process(config.process_config)
         torch.manual_seed(config.seed)  # the same initial weights in every process
         self.model = self._initial_model().to(device)
-        self.ema = EMA(self.model)
+        names = ema_files(config.averages, config.ema_half_life is not None)
+        self.averages = {name: EMA(self.model) for name in names}
+        self._prepare_model()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.trained, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=device.type == "cuda"
         )
-        self.step = 0
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.state = RunState(self.model, self.averages, self.optimizer, world)
+        self.step, self.skips = 0, Skips(config.max_skipped)
         self._restore()
-        self.forward = self._wrapped_model()
+        self.forward = Parallel(self.model, config, device, world)
+
+    def _prepare_model(self) -> None:
+        if self.config.activation_checkpointing:
+            recompute_blocks(self.model)
+        if self.config.parallel == "fsdp":
+            if self.world.size == 1:
+                raise ValueError(
+                    "--parallel fsdp shares a network out over processes and there is one: start it with torchrun"
+                )
+            for model in (self.model, *(ema.model for ema in self.averages.values())):
+                shard(model, self.world, self.device)
 
     def _data(self) -> TrainingData:
         """The data set as the network is to see it; a latent model's is encoded first."""
@@ -107,6 +132,11 @@ class Training:
         size, processes = self.config.batch_size, self.world.size
         if size % processes:
             raise ValueError(f"--batch_size {size} cannot be shared by {processes} processes: choose a multiple")
+        if size % (processes * self.config.accumulate):
+            raise ValueError(
+                f"--batch_size {size} cannot be shared by {processes} processes in {self.config.accumulate} parts "
+                "each: choose a multiple, or another --accumulate"
+            )
         share = size // processes
         part = slice(self.world.rank * share, (self.world.rank + 1) * share)
         plan = Plan(self.config.seed, len(data.labels), size, part, data.flip)
@@ -125,17 +155,14 @@ class Training:
         if self.config.init_from is None:
             return build_model(self.description.network)
         source, found = find_checkpoint(path=self.config.init_from)
-        if found.network != self.description.network:
-            raise ValueError(f"{source} holds another network ({found.network}): it cannot start this run")
-        return load_weights(source.fetch(), found)
-
-    def _wrapped_model(self) -> Any:
-        """The model as the loss calls it: compiled, in parallel, under autocast, as configured."""
-        model: nn.Module = torch.compile(self.model) if self.config.compile else self.model  # type: ignore[assignment]
-        if self.world.size > 1:
-            ids = [torch.cuda.current_device()] if self.device.type == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-        return autocast(model, self.device, self.config.precision)
+        trained = load_weights(source.fetch(), found)
+        model = build_model(self.description.network)
+        weights, changes = adapt_state(trained.state_dict(), model.state_dict())
+        model.load_state_dict(weights)
+        if self.world.is_main:
+            for change in changes:
+                print(f"--init_from {source}: {change}")
+        return model
 
     def run(self) -> Path:
         """All steps that are left."""
@@ -143,68 +170,138 @@ class Training:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(as_tree(self.config), sort_keys=False)
             write_atomically(self.run_dir / "config.yaml", text.encode())
-            self.log = JsonLog(self.run_dir / "log.jsonl", self.step)
         self.model.train()
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not self.world.is_main)
-        with bar:
-            while self.step < self.config.steps:
-                self._train_until_next_log(bar)
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                    self._save()
-        return self._newest() / EMA_FILE  # type: ignore[operator]
+        self.watch = Watch(self.config, self.description.network, self.step, self.device, self.world)
+        try:
+            with StopSignals() as self.signals:
+                while self.step < self.config.steps:
+                    self._train_until_next_event()
+        finally:
+            self.watch.close()
+        newest = self.checkpoints.newest()
+        assert newest is not None
+        return newest / EMA_FILE
 
-    def _train_until_next_log(self, bar: tqdm[Any]) -> None:
-        """Steps up to the next one that is logged or saved; only then is the device waited for."""
-        config, first, start = self.config, self.step, time.monotonic()
-        stops = (config.steps, *(self.step // every * every + every for every in (config.log_every, config.save_every)))
-        totals = torch.zeros(3, device=self.device)
-        while self.step < min(stops):
-            losses, norm = self._optimize(self.batches[self.step], self.step)
+    def _train_until_next_event(self) -> None:
+        """Steps up to the next one that is logged, saved or shown, and what is to be done there."""
+        config, first = self.config, self.step
+        every = [n for n in (config.log_every, config.save_every, config.preview_every) if n]
+        end = min(config.steps, *(first // n * n + n for n in every))
+        totals, stop = torch.zeros(2, device=self.device), False
+        norms, skipped = 0.0, self.skips.total
+        while self.step < end and not stop:
+            losses, norm, stop = self._optimize(self.batches[self.step], self.step)
             self.step += 1
-            totals += torch.stack([losses.mse.detach().mean(), losses.vb.detach().mean(), norm])
-            bar.update()
+            if math.isfinite(norm):
+                totals += losses
+                norms += norm
+            self.watch.bar.update()
+        taken = self.step - first - (self.skips.total - skipped)
+        self._report(totals, norms, taken)
+        if self.step % config.save_every == 0 or self.step == config.steps or stop:
+            self._save(must=stop or self.step == config.steps)
+        if config.preview_every and self.step % config.preview_every == 0:
+            self._preview()
+        if stop and self.step < config.steps:
+            raise Stopped(f"stopped after step {self.step}: the same command goes on from there")
+
+    def _report(self, totals: Tensor, norms: float, taken: int) -> None:
+        """Log the means over the steps that were taken; with none of them, nothing was finite."""
         if self.world.size > 1:
             dist.all_reduce(totals)
-            totals /= self.world.size
-        mse, vb, norm = (totals / (self.step - first)).tolist()
-        speed = (self.step - first) * config.batch_size / (time.monotonic() - start)
-        bar.set_postfix(loss=f"{mse + vb:.4f}", img_s=f"{speed:.0f}")
-        if self.world.is_main:
-            rate = self.optimizer.param_groups[0]["lr"]
-            progress = {"step": self.step, "images": self.step * config.batch_size, "lr": rate}
-            self.log.write(**progress, loss=mse + vb, mse=mse, vb=vb, grad_norm=norm, images_per_s=round(speed, 1))
+        mse, vb = (totals / self.world.size / taken).tolist() if taken else (None, None)
+        loss = None if mse is None or vb is None else mse + vb
+        values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "mse": mse, "vb": vb}
+        values |= {"grad_norm": norms / taken if taken else None, "skipped": self.skips.total}
+        values |= {"ema_decay": averaging_decays(self.config, self.step)[0]}
+        if self.scaler.is_enabled():
+            values["loss_scale"] = self.scaler.get_scale()
+        self.watch.report(self.step, values)
 
-    def _optimize(self, batch: Batch, step: int) -> tuple[TrainingLosses, Tensor]:
-        """One optimizer step; returns the losses and the gradient norm."""
-        settings = self.config.optimizer
-        self.optimizer.param_groups[0]["lr"] = learning_rate(settings, step, self.config.steps)
+    def _optimize(self, batch: Batch, step: int) -> tuple[Tensor, float, bool]:
+        """One optimizer step, or none if its loss or gradient is not finite.
+
+        Returns this process's mean mse and vb [2], the gradient norm (not finite: the step was skipped), and whether a
+        process was asked to stop.
+        """
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config.optimizer, step, self.config.steps)
         torch.manual_seed(dropout_seed(self.config.seed, step, self.world.rank))
-        losses = self.process.training_losses(
-            lambda x, t: self.forward(x, t, **batch.conditions), batch.x_start, batch.t, batch.noise
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        losses.loss.mean().backward()
-        norm = nn.utils.clip_grad_norm_(self.trained, settings.grad_clip or math.inf)
-        self.optimizer.step()
-        self.ema.update(self.model, averaging_decay(self.config, step + 1))
-        return losses, norm
+        losses = self._accumulate(batch)
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.trained, self.config.optimizer.grad_clip)
+        wrong = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
+        asked = torch.full_like(norm, float(self.signals.asked))
+        skip, stop = agreed(torch.stack([wrong.to(norm), asked]), self.world)  # waits for the device
+        if skip:
+            self.scaler.update(0.5 * self.scaler.get_scale())
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            for ema, decay in zip(self.averages.values(), averaging_decays(self.config, step + 1), strict=True):
+                ema.update(self.model, decay)
+        self.skips.count(skip, step + 1)
+        return losses, math.nan if skip else norm.item(), stop
 
-    def _save(self) -> None:
-        """Write a checkpoint under a temporary name, rename it, and drop the oldest."""
-        if self.world.is_main:
-            folder = self.checkpoints / f"{self.step:08d}"
-            temporary = folder.with_suffix(".part")
-            temporary.mkdir(parents=True, exist_ok=True)
-            description = self.config.checkpoint_config(self.description.class_names, self._made_by())
-            save_checkpoint(temporary / EMA_FILE, self.ema.model.state_dict(), description)
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-            torch.save(state, temporary / STATE_FILE)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.replace(folder)
-            for old in self._complete()[: -self.config.keep]:
-                shutil.rmtree(old)
+    def _predict(self, conditions: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+        return self.forward(x, t, **conditions)
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """The gradient of the mean loss of this process's images, part by part; returns mean mse and vb [2]."""
+        parts = self.config.accumulate
+        total = torch.zeros(2, device=self.device)
+        for number, part in enumerate(split(batch, parts)):
+            with self.forward.passing(last=number == parts - 1):
+                model = partial(self._predict, part.conditions)
+                losses = self.process.training_losses(model, part.x_start, part.t, part.noise)
+                self.scaler.scale(losses.loss.mean() / parts).backward()
+            total += torch.stack([losses.mse.detach().mean(), losses.vb.detach().mean()]) / parts
+        return total
+
+    def _save(self, must: bool) -> None:
+        """Write a checkpoint. If it cannot be written the run goes on, unless it `must` be, at the end of this start.
+
+        Raises:
+            ValueError: if the processes have come out of step, or it cannot be written and must be.
+        """
+        odd = out_of_step([self.model, *(ema.model for ema in self.averages.values())], self.world)
+        if odd is not None:
+            raise ValueError(
+                f"the processes hold different values of {odd} at step {self.step}: a device or the network between "
+                "them is faulty; the same command goes on from the checkpoint before"
+            )
+        try:
+            self._write()
+        except (OSError, RuntimeError) as error:
+            distributed.on_main(self.world, lambda: self.checkpoints.abandon(self.step))
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if must:
+                raise ValueError(
+                    f"the checkpoint of step {self.step} could not be written ({reason}): mend that and give the same "
+                    "command, which goes on from the newest checkpoint"
+                ) from error
+            self.watch.say(f"the checkpoint of step {self.step} could not be written ({reason}); the run goes on")
+        self.watch.restart_clock(self.step)
+
+    def _write(self) -> None:
+        part = distributed.on_main(self.world, lambda: self.checkpoints.begin(self.step))
+        description = self.config.checkpoint_config(self.description.class_names, self._made_by())
+        progress = {"step": self.step, "skipped": self.skips.total, "scaler": self.scaler.state_dict()}
+        self.state.save(part, description, progress)
+        distributed.on_main(self.world, lambda: self.checkpoints.finish(self.step))
+
+    def _preview(self) -> None:
+        """A picture of samples from the first average; a sharded one needs all processes."""
+        average = self.averages[EMA_FILE].model
+        path = self.run_dir / "previews" / f"{self.step:08d}.png" if self.world.is_main else None
+        if path is not None or is_sharded(average):
+            if not hasattr(self, "preview"):
+                self.preview = Preview(self.description, self.device, self.config.precision)
+            self.preview.save(average, path)
+        if path is not None:
+            self.watch.show("samples", read_picture(path), self.step)
         distributed.barrier(self.world)
+        self.watch.restart_clock(self.step)
 
     def _made_by(self) -> str:
         """The recipe, how far it was followed, and what it started from."""
@@ -213,16 +310,9 @@ class Training:
             return here
         return f"{here}, after {find_checkpoint(path=self.config.init_from)[1].made_by}"
 
-    def _complete(self) -> list[Path]:
-        """Checkpoints that were written to the end, oldest first."""
-        return sorted(folder for folder in self.checkpoints.glob("*") if folder.suffix != ".part")
-
-    def _newest(self) -> Path | None:
-        return next(reversed(self._complete()), None)
-
     def _restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        newest = self._newest()
+        """Go on from the newest checkpoint that is whole, if there is one."""
+        newest = distributed.on_main(self.world, lambda: self.checkpoints.newest_intact(print))
         if newest is None:
             return
         _, found = find_checkpoint(path=newest / EMA_FILE)
@@ -230,8 +320,23 @@ class Training:
             raise ValueError(
                 f"{self.run_dir} holds a run of another network ({found.network}): choose another --run_dir"
             )
-        self.ema.model.load_state_dict(load_weights(newest / EMA_FILE, found).state_dict())
-        state = torch.load(newest / STATE_FILE, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        progress = self.state.load(newest, found, self.device)
+        self.step, self.skips.total = progress["step"], progress["skipped"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(progress["scaler"])
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch as `parts` batches of the same size, its images in their order."""
+    size = len(batch.t) // parts
+    pieces = [slice(first, first + size) for first in range(0, len(batch.t), size)]
+    return [
+        replace(
+            batch,
+            x_start=batch.x_start[piece],
+            noise=batch.noise[piece],
+            t=batch.t[piece],
+            conditions={name: value[piece] for name, value in batch.conditions.items()},
+        )
+        for piece in pieces
+    ]

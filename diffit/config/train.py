@@ -53,25 +53,33 @@ class TrainConfig:
         model: a size of the zoo.
         network: fields of the network's config to replace, such as {depth: 30} or {blocks: [4, 4, 4]}.
         run_dir: folder of checkpoints and logs; the same command again resumes from its newest checkpoint.
-        init_from: start a new run from the weights of another checkpoint of the same network.
+        init_from: start a new run from the weights of another checkpoint; its classes and resolution may differ.
         steps: optimizer steps of the whole run.
-        batch_size: images of a step, over all processes.
+        batch_size: images of a step, over all processes and all parts of an accumulated step.
+        accumulate: parts in which each process computes its share of a step, one after the other, to save memory.
         seed: of initialisation, order of images, timesteps, noise and dropped labels.
-        ema_decay: of the averaged weights, which are sampled from.
+        ema_decay: of the averaged weights, which are sampled from; a list keeps several averages, and the first of them
+            is the one to sample from.
         ema_half_life: the same in images, in place of ema_decay: after so many, an old weight counts half. As in EDM it
             is at most 5% of the images seen so far.
         device: where to run; auto takes a GPU if there is one.
-        precision: of the network in the forward and backward pass; weights stay in fp32.
+        precision: of the network in the forward and backward pass; weights stay in fp32. The loss of fp16 is scaled.
         compile: compile the network with torch.compile.
+        parallel: what several processes share out: ddp the batch alone, fsdp (FSDP2) also weights, gradients, optimizer
+            and averages, for networks that outgrow a GPU.
+        activation_checkpointing: compute every block again in the backward pass, to save memory.
+        max_skipped: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
         log_every: steps between log lines.
         save_every: steps between checkpoints.
         keep: how many of the newest checkpoints stay.
+        keep_every: checkpoints of steps that are a multiple of it stay for good; 0 is none.
+        preview_every: steps between pictures of samples, always from the same noise; 0 is none.
         sampling: what the checkpoint recommends to sample.py.
         guidance: what the checkpoint recommends to sample.py.
         codec: the VAE, or pixels.
         process: the denoising process: gaussian (latent models) or edm (models of pixels); its settings are in the node
             diffusion or edm.
-        dry_run: print the resolved config and stop.
+        dry_run: print the resolved config, the size of the network and the cost of the run, and stop.
     """
 
     model: str = "Diffit"
@@ -80,15 +88,21 @@ class TrainConfig:
     init_from: str | None = None
     steps: int = 400_000
     batch_size: int = 256
+    accumulate: int = 1
     seed: int = 0
-    ema_decay: float = 0.9999
-    ema_half_life: float | None = None
+    ema_decay: float | list[float] = 0.9999
+    ema_half_life: float | list[float] | None = None
     device: Device = "auto"
     precision: Precision = "tf32"
     compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
+    max_skipped: int = 25
     log_every: int = 100
     save_every: int = 5000
     keep: int = 2
+    keep_every: int = 0
+    preview_every: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -118,6 +132,12 @@ class TrainConfig:
             class_names=class_names if network.num_classes else (),
             made_by=made_by,
         )
+
+    @property
+    def averages(self) -> list[float]:
+        """The decays of the averages, or their half-lives if these are set; the one to sample from first."""
+        given = self.ema_decay if self.ema_half_life is None else self.ema_half_life
+        return given if isinstance(given, list) else [given]
 
     @property
     def process_config(self) -> ProcessConfig:
@@ -158,12 +178,24 @@ def _check(config: TrainConfig) -> None:
     check_process(config.process, config.sampling, config.guidance)
     if not 0 <= config.data.augment <= 1 or (config.data.augment and config.codec.vae != PIXELS):
         raise ValueError(f"--data.augment is a probability, and for pixels only: it cannot be {config.data.augment}")
-    for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+    for name in ("steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"--ema_decay must lie in [0, 1), not {config.ema_decay}")
-    if config.ema_half_life is not None and config.ema_half_life <= 0:
-        raise ValueError(f"--ema_half_life must be above 0 images, not {config.ema_half_life}")
-    if config.precision == "fp16":
-        raise ValueError("training in fp16 needs loss scaling, which is not there: choose --precision bf16")
+    if config.keep_every < 0 or config.keep_every % config.save_every:
+        raise ValueError(
+            f"--keep_every {config.keep_every} must be a multiple of --save_every {config.save_every}: other steps "
+            "have no checkpoint"
+        )
+    if config.preview_every < 0:
+        raise ValueError(f"--preview_every must be at least 0, not {config.preview_every}")
+    _check_averages(config)
+
+
+def _check_averages(config: TrainConfig) -> None:
+    if not config.averages or len(set(config.averages)) < len(config.averages):
+        raise ValueError(f"the averages {config.averages} must be at least one, and all different")
+    for value in config.averages:
+        if config.ema_half_life is None and not 0 <= value < 1:
+            raise ValueError(f"--ema_decay must lie in [0, 1), not {value}")
+        if config.ema_half_life is not None and value <= 0:
+            raise ValueError(f"--ema_half_life must be above 0 images, not {value}")

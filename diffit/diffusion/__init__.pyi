@@ -6,6 +6,7 @@ from .gaussian import GaussianDiffusion as GaussianDiffusion
 from .gaussian import create_diffusion as create_diffusion
 from .guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .guidance import guidance_weight as guidance_weight
+from .guidance import guided_model as guided_model
 from .guidance import resolve_schedule as resolve_schedule
 from .noise import SampleNoise as SampleNoise
 from .samplers import create_sampler as create_sampler

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, ProcessConfig
+
 Schedule = Literal["constant", "power_cosine"]
 
 
@@ -103,3 +105,38 @@ class ClassifierFreeGuidance:
         w = self.weight(t).view(-1, 1, 1, 1)
         eps = null[:, :guided] + w * (labelled[:, :guided] - null[:, :guided])
         return torch.cat([eps, labelled[:, guided:]], dim=1)  # [B, o, h, w]
+
+
+def guided_model(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    labels: Tensor,
+    null_label: int,
+    guidance: GuidanceConfig,
+    process: ProcessConfig,
+    input_size: int,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, t) -> prediction for these labels, guided if the settings say so and there are classes to guide to.
+
+    The schedule of EDM is constant. There the raw prediction F is what is guided: the denoised image is an affine
+    function of it, so that guiding either is the same.
+
+    Args:
+        model: see `ClassifierFreeGuidance`, as for labels and null_label; a null_label of 0 means that there are no
+            classes.
+        process: of the model.
+        input_size: side of what the network sees, which chooses the schedule `auto`.
+    """
+    if not (null_label and guidance.enabled and guidance.scale != 1):
+        return lambda x, t: model(x, t, labels)
+    gaussian = process if isinstance(process, DiffusionConfig) else None
+    return ClassifierFreeGuidance(
+        model,
+        labels,
+        null_label,
+        guidance.scale,
+        resolve_schedule(guidance.schedule, input_size) if gaussian else "constant",
+        guidance.power,
+        None if guidance.channels == "all" else guidance.channels,
+        guidance.interval,
+        gaussian.diffusion_steps if gaussian else 1000,
+    )

@@ -1,0 +1,1 @@
+"""Floor 5, the parts of the training loop: parallelism, checkpoints, stopping, watching, previews, estimates."""

@@ -1,0 +1,130 @@
+"""One step of training in its variants: in parts, recomputed, in fp16, with several averages; and that it learns."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffit.ema import ramped_decay
+from diffit.models.zoo import create_model
+from diffit.train.parallel import blocks, recompute_blocks
+from tests.small_models import write_fashion_files
+from tests.train.runs import TINY, log_of, run, training
+
+SIZES = {
+    "Diffit-S": {"input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2},
+    "ImageDiffit-Tiny": {"input_size": 16, "dropout": 0.3},
+}
+
+
+def gradients(trained):
+    """Of the first batch, by parameter."""
+    torch.manual_seed(0)
+    trained._accumulate(trained.batches[0])
+    return {name: p.grad for name, p in trained.model.named_parameters() if p.requires_grad}
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(flags, tmp_path):
+    whole = training(flags, tmp_path / "whole")
+    torch.nn.init.normal_(whole.model.head.weight, std=0.1)  # it starts at zero, and so would most gradients
+    parts = training(flags, tmp_path / "parts", "--accumulate", "4")
+    parts.model.load_state_dict(whole.model.state_dict())
+    expected, found = gradients(whole), gradients(parts)
+    scale = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6 * scale.item())
+
+
+def test_parts_give_the_same_run(flags, tmp_path):
+    run(flags, tmp_path / "whole")
+    run(flags, tmp_path / "parts", "--accumulate", "4")
+    for key in ("loss", "grad_norm"):
+        whole, parts = ([line[key] for line in log_of(tmp_path / name)] for name in ("whole", "parts"))
+        np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_a_batch_that_cannot_be_parted_is_refused(flags, tmp_path):
+    with pytest.raises(ValueError, match="--batch_size 8 cannot be shared by 1 processes in 3 parts"):
+        training(flags, tmp_path, "--accumulate", "3")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_recomputing_blocks_changes_no_gradient(name):
+    torch.manual_seed(0)
+    plain = create_model(name, **SIZES[name])
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    again = create_model(name, **SIZES[name])
+    again.load_state_dict(plain.state_dict())
+    recompute_blocks(again)
+    size = SIZES[name]["input_size"]
+    x = torch.randn(2, plain.in_channels, size, size)
+    saved = []
+    for model in (plain, again):
+        torch.manual_seed(1)  # dropout is drawn again as it was
+        kept = set()
+
+        def keep(tensor, kept=kept):
+            kept.add((tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(x, torch.tensor([0.1, 0.2]), torch.tensor([0, 0]))
+        output.square().sum().backward()
+        saved.append(sum(size for _, size in kept))
+    assert saved[1] < saved[0]
+    assert len(blocks(plain)) > 1
+    for (key, one), two in zip(plain.named_parameters(), again.parameters(), strict=True):
+        if one.requires_grad:
+            assert torch.equal(one.grad, two.grad), key
+
+
+def test_fp16_scales_its_loss_and_resumes_with_the_scale(flags, tmp_path):
+    # bf16's range is float32's; fp16's is not: the scale, which starts too high for this loss, comes down.
+    more = ["--precision", "fp16", "--optimizer.lr", "1e-4"]
+    run(flags, tmp_path / "whole", *more, "--steps", "12")
+    run(flags, tmp_path / "again", *more, "--steps", "4")
+    run(flags, tmp_path / "again", *more, "--steps", "12")
+    assert log_of(tmp_path / "again") == log_of(tmp_path / "whole")
+    run(flags, tmp_path / "fp32", "--steps", "12", "--optimizer.lr", "1e-4")
+    lines = log_of(tmp_path / "whole")
+    assert lines[-1]["loss_scale"] == 2**16 / 2 ** lines[-1]["skipped"]
+    half, full = (
+        [line["loss"] for line in log_of(tmp_path / name) if line["loss"] is not None] for name in ("whole", "fp32")
+    )
+    assert half[-1] == pytest.approx(full[-1], rel=0.01)
+    assert half[-1] != full[-1]
+
+
+def test_several_averages_at_once(flags, tmp_path):
+    several = training(flags, tmp_path / "several", "--ema_decay", "[0.9, 0.2]")
+    expected = {decay: several.model.head.weight.detach().clone() for decay in (0.9, 0.2)}
+    optimize = several._optimize
+
+    def follow(batch, step):
+        result = optimize(batch, step)
+        for decay in expected:
+            now = ramped_decay(decay, step + 1)
+            expected[decay] = now * expected[decay] + (1 - now) * several.model.head.weight.detach()
+        return result
+
+    several._optimize = follow
+    several.run()
+    assert list(several.averages) == ["ema.safetensors", "ema_0.2.safetensors"]
+    for ema, value in zip(several.averages.values(), expected.values(), strict=True):
+        torch.testing.assert_close(ema.model.head.weight, value)
+    run(flags, tmp_path / "one", "--ema_decay", "0.9")
+    first, one = (tmp_path / name / "checkpoints/00000006/ema.safetensors" for name in ("several", "one"))
+    assert first.read_bytes() == one.read_bytes()
+    with pytest.raises(ValueError, match=r"no ema_0.7.safetensors"):
+        training(flags, tmp_path / "several", "--ema_decay", "[0.9, 0.7]")
+
+
+def test_16_images_can_be_learnt_by_heart(tmp_path):
+    """In 100 steps the loss falls 2.5-fold: its mean over the first and the last 20."""
+    random = np.random.default_rng(0)
+    images = np.kron(random.integers(0, 256, (16, 7, 7), dtype=np.uint8), np.ones((1, 4, 4), np.uint8))
+    files = write_fashion_files(tmp_path / "fashion", images=images)
+    more = ["--data.path", str(files), "--batch_size", "16", "--steps", "100", "--log_every", "20"]
+    run([*TINY, *more, "--save_every", "100", "--optimizer.lr", "1e-2"], tmp_path / "run")
+    lines = log_of(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2.5
