@@ -245,7 +245,8 @@ def test_memory_does_not_grow(tmp_path):
         result = subprocess.run([sys.executable, "-c", PEAK, *script], check=True, capture_output=True, text=True)
         return int(result.stdout.split()[-1])
 
-    assert peak(2000) < 1.05 * peak(200)
+    few, many = zip(*((peak(200), peak(2000)) for _ in range(2)), strict=True)
+    assert min(many) < 1.05 * min(few)  # the smaller of two: start-up alone varies by some percent
 
 
 @pytest.mark.slow
