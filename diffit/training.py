@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,14 @@ from diffit.train.parallel import (
     recompute_blocks,
     shard,
 )
-from diffit.train.preview import Preview, read_picture
+from diffit.train.preview import read_picture, save_preview
+from diffit.train.samples import TrainingSampler
 from diffit.train.state import EMA_FILE, RunState, ema_files
 from diffit.train.stopping import Skips, Stopped, StopSignals
 from diffit.train.watch import Watch
+
+if TYPE_CHECKING:
+    from diffit.train.score import Scorer
 
 
 def train(task: TrainTask) -> Path:
@@ -171,6 +176,8 @@ class Training:
             text = yaml.safe_dump(as_tree(self.config), sort_keys=False)
             write_atomically(self.run_dir / "config.yaml", text.encode())
         self.model.train()
+        if self.config.evaluation.every:
+            _ = self.scorer  # what is missing for it is said now, not after hours
         self.watch = Watch(self.config, self.description.network, self.step, self.device, self.world)
         try:
             with StopSignals() as self.signals:
@@ -185,7 +192,8 @@ class Training:
     def _train_until_next_event(self) -> None:
         """Steps up to the next one that is logged, saved or shown, and what is to be done there."""
         config, first = self.config, self.step
-        every = [n for n in (config.log_every, config.save_every, config.preview_every) if n]
+        events = (config.log_every, config.save_every, config.preview_every, config.evaluation.every)
+        every = [n for n in events if n]
         end = min(config.steps, *(first // n * n + n for n in every))
         totals, stop = torch.zeros(2, device=self.device), False
         norms, skipped = 0.0, self.skips.total
@@ -202,6 +210,8 @@ class Training:
             self._save(must=stop or self.step == config.steps)
         if config.preview_every and self.step % config.preview_every == 0:
             self._preview()
+        if config.evaluation.every and self.step % config.evaluation.every == 0:
+            self._evaluate()
         if stop and self.step < config.steps:
             raise Stopped(f"stopped after step {self.step}: the same command goes on from there")
 
@@ -295,12 +305,25 @@ class Training:
         average = self.averages[EMA_FILE].model
         path = self.run_dir / "previews" / f"{self.step:08d}.png" if self.world.is_main else None
         if path is not None or is_sharded(average):
-            if not hasattr(self, "preview"):
-                self.preview = Preview(self.description, self.device, self.config.precision)
-            self.preview.save(average, path)
+            save_preview(self.sampler, average, path)
         if path is not None:
             self.watch.show("samples", read_picture(path), self.step)
         distributed.barrier(self.world)
+        self.watch.restart_clock(self.step)
+
+    @cached_property
+    def sampler(self) -> TrainingSampler:
+        return TrainingSampler(self.description, self.device, self.config.precision)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        from diffit.train.score import Scorer
+
+        return Scorer(self.config.evaluation, self.sampler)
+
+    def _evaluate(self) -> None:
+        """Score the first average, and log it."""
+        self.watch.log_scores(self.step, self.scorer.score(self.averages[EMA_FILE].model))
         self.watch.restart_clock(self.step)
 
     def _made_by(self) -> str:

@@ -46,6 +46,25 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """FID and Inception Score of the average to sample from, logged beside the loss.
+
+    Args:
+        every: steps between scores; 0 is none.
+        samples: how many are drawn, with the recommended settings. FID falls with their number: compare equal ones.
+        batch_size: samples at a time per process.
+        reference: an .npz that evaluations/make_reference.py or ADM made.
+        features: module:path of a classifier, in place of the Inception network.
+    """
+
+    every: int = 0
+    samples: int = 5000
+    batch_size: int = 64
+    reference: str | None = None
+    features: str | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What train.py does.
 
@@ -103,6 +122,7 @@ class TrainConfig:
     keep: int = 2
     keep_every: int = 0
     preview_every: int = 0
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -189,6 +209,19 @@ def _check(config: TrainConfig) -> None:
     if config.preview_every < 0:
         raise ValueError(f"--preview_every must be at least 0, not {config.preview_every}")
     _check_averages(config)
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    wanted = config.evaluation
+    if wanted.every < 0 or wanted.samples < 2 or wanted.batch_size < 1:
+        raise ValueError("--evaluation needs every >= 0, samples >= 2 and batch_size >= 1")
+    if wanted.every and wanted.reference is None:
+        raise ValueError("--evaluation.every needs --evaluation.reference: make one with evaluations/make_reference.py")
+    if wanted.every and config.parallel == "fsdp":
+        raise ValueError(
+            "--evaluation does not score sharded networks: score checkpoints with sample.py and eval_run.sh"
+        )
 
 
 def _check_averages(config: TrainConfig) -> None:

@@ -55,8 +55,17 @@ class Watch:
         self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", img_s=f"{speed:.0f}")
         if not self.world.is_main:
             return
-        values = {"step": step, "images": step * self.config.batch_size} | values
         values |= {"images_per_s": round(speed, 1), "mfu": mfu, "peak_memory": peak_memory(self.device)}
+        self._write(step, values)
+
+    def log_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Log the scores of samples, on a line of their own."""
+        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        if self.world.is_main:
+            self._write(step, scores)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        values = {"step": step, "images": step * self.config.batch_size} | values
         self.log.write(**values)
         if self.board is not None:
             for name, value in values.items():
