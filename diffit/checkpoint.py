@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffit.codec import PIXELS, CodecConfig
 from diffit.diffusion.settings import DiffusionConfig, EDMConfig, GuidanceConfig, Process, SamplingConfig
+from diffit.hub import quiet_hub
 from diffit.models.zoo import ZOO, DiffiTConfig, NetworkConfig, build_model, model_config
 
 if TYPE_CHECKING:
@@ -202,7 +203,8 @@ def _download(repository: str, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, name))
+        with quiet_hub():
+            return Path(hf_hub_download(repository, name))
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"cannot reach the Hub for {repository}/{name}: check the network, or download the file elsewhere and "

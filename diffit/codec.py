@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffit.hub import quiet_hub
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -134,7 +136,8 @@ def _load_vae(reference: str):  # type: ignore[no-untyped-def]
         )
     try:
         # The small memory saving of low_cpu_mem_usage needs one more package.
-        return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+        with quiet_hub():
+            return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         hint = (
             "check that the folder holds config.json and intact weights of a diffusers AutoencoderKL"

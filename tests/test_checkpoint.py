@@ -170,6 +170,7 @@ def test_unreachable_hub(tmp_path):
     assert "diffit_256.safetensors" in result.stdout, result.stderr
     assert "--model_path" in result.stdout
     assert len(result.stdout.strip().splitlines()) == 1
+    assert result.stderr == ""
 
 
 def test_a_failed_write_leaves_the_old_file(small, monkeypatch):
