@@ -117,3 +117,8 @@ def write_fashion_files(folder: Path, count: int = 64, images: np.ndarray | None
         with gzip.open(folder / name, "wb") as file:
             file.write(header + array.tobytes())
     return folder
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters, the fixed position embedding included."""
+    return sum(p.numel() for p in model.parameters())

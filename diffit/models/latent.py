@@ -106,8 +106,3 @@ class DiffiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, cond)  # [B, 1, N, C]
         return self.unpatchify(self.final_layer(tokens[:, 0]))  # [B, o, h, w]
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, the fixed position embedding included."""
-    return sum(p.numel() for p in model.parameters())

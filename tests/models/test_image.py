@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffit import ImageDiffiT, create_model
 from diffit.models.image import DiffiTResBlock
-from diffit.models.latent import count_parameters
 from diffit.models.zoo import ZOO
 from diffit.nn.attention import TMSA
 from diffit.nn.window import to_windows
+from tests.small_models import count_parameters
 
 TINY = {"input_size": 16, "channels": (8, 16), "blocks": (1, 2), "window_size": 4, "head_dim": 4, "cond_dim": 12}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from diffit import DiffiT, create_model
-from diffit.models.latent import count_parameters
 from diffit.nn.attention import relative_position_index
 from tests.conftest import GOLDEN
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
+from tests.small_models import count_parameters
 
 
 @pytest.mark.parametrize("name", NAMES)
