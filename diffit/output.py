@@ -61,7 +61,8 @@ class SampleFolder:
 
     def _refuse(self, found: dict[str, Any] | None, settings: dict[str, Any], overwrite: bool) -> None:
         """Raise ValueError if there are samples that these settings did not make, and they are to stay."""
-        if overwrite or (found is None and not any(self.path.glob("samples_*.npz"))):
+        made = any(self.path.glob("samples_*.npz")) or any(self.shards.glob("*.npz"))
+        if overwrite or not made:
             return
         what = "no manifest says how" if found is None else difference(found, settings)
         raise ValueError(

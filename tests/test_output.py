@@ -91,6 +91,13 @@ def test_samples_of_unknown_origin_are_refused(folder):
     assert not path.exists()
 
 
+def test_a_run_that_made_nothing_stands_in_nobodys_way(folder):
+    folder.prepare({"seed": 1}, overwrite=False)
+    folder.add(0, images_of(0, 1), labels_of(0, 1))
+    with pytest.raises(ValueError, match="seed: 1, now 2"):
+        folder.prepare({"seed": 2}, overwrite=False)
+
+
 def test_difference():
     old = {"seed": 0, "guidance": {"scale": 1.5, "power": 4}}
     new = {"seed": 0, "guidance": {"scale": 4.4, "power": 4}, "vae": "x"}
