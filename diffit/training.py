@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from diffit import distributed
 from diffit.checkpoint import find_checkpoint, load_weights, write_atomically
 from diffit.codec import create_codec
 from diffit.config.parser import as_tree
-from diffit.config.train import OptimizerConfig, TrainConfig, TrainTask
-from diffit.data.batches import Batch, Batches, dropout_seed
+from diffit.config.train import TrainTask
+from diffit.data.batches import Batches
 from diffit.data.datasets import fitting_labels
 from diffit.data.order import Plan
 from diffit.data.prepare import TrainingData, prepare_data
 from diffit.device import resolve_device, set_matmul_precision
-from diffit.diffusion import EDM, GaussianDiffusion, create_diffusion
-from diffit.diffusion.settings import EDMConfig, ProcessConfig
-from diffit.ema import EMA, half_life_decay, ramped_decay
+from diffit.ema import EMA
 from diffit.models.zoo import build_model, model_config
 from diffit.train.adapt import adapt_state
 from diffit.train.checkpoints import Checkpoints
-from diffit.train.parallel import (
-    Parallel,
-    agreed,
-    gradient_norm,
-    is_sharded,
-    out_of_step,
-    recompute_blocks,
-    shard,
-)
+from diffit.train.parallel import is_sharded, out_of_step, recompute_blocks, shard
 from diffit.train.preview import read_picture, save_preview
+from diffit.train.rates import averaging_decays
 from diffit.train.samples import TrainingSampler
 from diffit.train.state import EMA_FILE, RunState, ema_files
-from diffit.train.stopping import Skips, Stopped, StopSignals
+from diffit.train.step import Stepper
+from diffit.train.stopping import Stopped, StopSignals
 from diffit.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -64,27 +53,6 @@ def train(task: TrainTask) -> Path:
         distributed.stop()
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of optimizer step `step`, counted from 0, of a run of `steps`."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0
-    return config.lr * warm * decay
-
-
-def averaging_decays(config: TrainConfig, step: int) -> list[float]:
-    """The decay of each average at optimizer step `step`, counted from 1."""
-    if config.ema_half_life is None:
-        return [ramped_decay(decay, step) for decay in config.averages]
-    return [half_life_decay(half_life, config.batch_size, step) for half_life in config.averages]
-
-
-def create_process(config: ProcessConfig) -> GaussianDiffusion | EDM:
-    """The process that a config describes, for its training_losses."""
-    if isinstance(config, EDMConfig):
-        return EDM(config)
-    return create_diffusion("", config.noise_schedule, config.learn_sigma, config.diffusion_steps)
-
-
 class Training:
     """One run, as seen by one process."""
 
@@ -96,22 +64,15 @@ class Training:
         data = self._data()
         self.description = config.checkpoint_config(data.class_names, "")
         self.batches = self._batches(data)
-        self.process = create_process(config.process_config)
         torch.manual_seed(config.seed)  # the same initial weights in every process
         self.model = self._initial_model().to(device)
         names = ema_files(config.averages, config.ema_half_life is not None)
         self.averages = {name: EMA(self.model) for name in names}
         self._prepare_model()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.trained, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=device.type == "cuda"
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.state = RunState(self.model, self.averages, self.optimizer, world)
-        self.step, self.skips = 0, Skips(config.max_skipped)
+        self.stepper = Stepper(self.model, list(self.averages.values()), config, device, world)
+        self.state = RunState(self.model, self.averages, self.stepper.optimizer, world)
+        self.step = 0
         self._restore()
-        self.forward = Parallel(self.model, config, device, world)
 
     def _prepare_model(self) -> None:
         if self.config.activation_checkpointing:
@@ -195,17 +156,13 @@ class Training:
         events = (config.log_every, config.save_every, config.preview_every, config.evaluation.every)
         every = [n for n in events if n]
         end = min(config.steps, *(first // n * n + n for n in every))
-        totals, stop = torch.zeros(2, device=self.device), False
-        norms, skipped = 0.0, self.skips.total
-        while self.step < end and not stop:
-            losses, norm, stop = self._optimize(self.batches[self.step], self.step)
+        while self.step < end and not self.stepper.stop:
+            self.stepper.take(self.batches[self.step], self.step, self.signals.asked)
             self.step += 1
-            if math.isfinite(norm):
-                totals += losses
-                norms += norm
             self.watch.bar.update()
-        taken = self.step - first - (self.skips.total - skipped)
-        self._report(totals, norms, taken)
+        self.stepper.settle()
+        stop = self.stepper.stop
+        self._report()
         if self.step % config.save_every == 0 or self.step == config.steps or stop:
             self._save(must=stop or self.step == config.steps)
         if config.preview_every and self.step % config.preview_every == 0:
@@ -215,58 +172,17 @@ class Training:
         if stop and self.step < config.steps:
             raise Stopped(f"stopped after step {self.step}: the same command goes on from there")
 
-    def _report(self, totals: Tensor, norms: float, taken: int) -> None:
+    def _report(self) -> None:
         """Log the means over the steps that were taken; with none of them, nothing was finite."""
-        if self.world.size > 1:
-            dist.all_reduce(totals)
-        mse, vb = (totals / self.world.size / taken).tolist() if taken else (None, None)
+        stepper = self.stepper
+        mse, vb, norm = stepper.means() or (None, None, None)
         loss = None if mse is None or vb is None else mse + vb
-        values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "mse": mse, "vb": vb}
-        values |= {"grad_norm": norms / taken if taken else None, "skipped": self.skips.total}
+        values = {"lr": stepper.optimizer.param_groups[0]["lr"], "loss": loss, "mse": mse, "vb": vb}
+        values |= {"grad_norm": norm, "skipped": stepper.skips.total}
         values |= {"ema_decay": averaging_decays(self.config, self.step)[0]}
-        if self.scaler.is_enabled():
-            values["loss_scale"] = self.scaler.get_scale()
+        if stepper.scaler.is_enabled():
+            values["loss_scale"] = stepper.scaler.get_scale()
         self.watch.report(self.step, values)
-
-    def _optimize(self, batch: Batch, step: int) -> tuple[Tensor, float, bool]:
-        """One optimizer step, or none if its loss or gradient is not finite.
-
-        Returns this process's mean mse and vb [2], the gradient norm (not finite: the step was skipped), and whether a
-        process was asked to stop.
-        """
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config.optimizer, step, self.config.steps)
-        torch.manual_seed(dropout_seed(self.config.seed, step, self.world.rank))
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self._accumulate(batch)
-        self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.trained, self.config.optimizer.grad_clip)
-        wrong = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
-        asked = torch.full_like(norm, float(self.signals.asked))
-        skip, stop = agreed(torch.stack([wrong.to(norm), asked]), self.world)  # waits for the device
-        if skip:
-            self.scaler.update(0.5 * self.scaler.get_scale())
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            for ema, decay in zip(self.averages.values(), averaging_decays(self.config, step + 1), strict=True):
-                ema.update(self.model, decay)
-        self.skips.count(skip, step + 1)
-        return losses, math.nan if skip else norm.item(), stop
-
-    def _predict(self, conditions: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
-        return self.forward(x, t, **conditions)
-
-    def _accumulate(self, batch: Batch) -> Tensor:
-        """The gradient of the mean loss of this process's images, part by part; returns mean mse and vb [2]."""
-        parts = self.config.accumulate
-        total = torch.zeros(2, device=self.device)
-        for number, part in enumerate(split(batch, parts)):
-            with self.forward.passing(last=number == parts - 1):
-                model = partial(self._predict, part.conditions)
-                losses = self.process.training_losses(model, part.x_start, part.t, part.noise)
-                self.scaler.scale(losses.loss.mean() / parts).backward()
-            total += torch.stack([losses.mse.detach().mean(), losses.vb.detach().mean()]) / parts
-        return total
 
     def _save(self, must: bool) -> None:
         """Write a checkpoint. If it cannot be written the run goes on, unless it `must` be, at the end of this start.
@@ -296,7 +212,8 @@ class Training:
     def _write(self) -> None:
         part = distributed.on_main(self.world, lambda: self.checkpoints.begin(self.step))
         description = self.config.checkpoint_config(self.description.class_names, self._made_by())
-        progress = {"step": self.step, "skipped": self.skips.total, "scaler": self.scaler.state_dict()}
+        scaler = self.stepper.scaler.state_dict()
+        progress = {"step": self.step, "skipped": self.stepper.skips.total, "scaler": scaler}
         self.state.save(part, description, progress)
         distributed.on_main(self.world, lambda: self.checkpoints.finish(self.step))
 
@@ -344,22 +261,6 @@ class Training:
                 f"{self.run_dir} holds a run of another network ({found.network}): choose another --run_dir"
             )
         progress = self.state.load(newest, found, self.device)
-        self.step, self.skips.total = progress["step"], progress["skipped"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(progress["scaler"])
-
-
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch as `parts` batches of the same size, its images in their order."""
-    size = len(batch.t) // parts
-    pieces = [slice(first, first + size) for first in range(0, len(batch.t), size)]
-    return [
-        replace(
-            batch,
-            x_start=batch.x_start[piece],
-            noise=batch.noise[piece],
-            t=batch.t[piece],
-            conditions={name: value[piece] for name, value in batch.conditions.items()},
-        )
-        for piece in pieces
-    ]
+        self.step, self.stepper.skips.total = progress["step"], progress["skipped"]
+        if self.stepper.scaler.is_enabled():
+            self.stepper.scaler.load_state_dict(progress["scaler"])

@@ -13,7 +13,8 @@ from diffit import load_model
 from diffit.config.train import OptimizerConfig, parse_train
 from diffit.data.order import image_order
 from diffit.ema import EMA, ramped_decay
-from diffit.training import learning_rate, train
+from diffit.train.rates import learning_rate
+from diffit.training import train
 from tests.conftest import ROOT
 from tests.small_models import save_small_vae, write_fashion_files
 

@@ -85,13 +85,6 @@ def gradient_norm(parameters: list[nn.Parameter], clip: float) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def agreed(flags: Tensor, world: World) -> list[bool]:
-    """Which flags are up in any process; flags: float, 0 or 1."""
-    if world.size > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [flag > 0 for flag in flags.tolist()]
-
-
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """A network's state dict; that of a sharded network is gathered, on rank 0 alone, and all ranks must call."""
     if not is_sharded(model):

@@ -87,6 +87,8 @@ class RunState:
         else:
             state = torch.load(folder / STATE_FILE, map_location=device, weights_only=True)
             self.model.load_state_dict(state["model"])
+            for group in state["optimizer"]["param_groups"]:  # it may have been written on another kind of device
+                group["fused"] = self.optimizer.defaults["fused"]
             self.optimizer.load_state_dict(state["optimizer"])
         return json.loads((folder / PROGRESS_FILE).read_text())
 

@@ -16,7 +16,7 @@ import torch
 from diffit import distributed
 from diffit.config.train import parse_train
 from diffit.training import Training
-from tests.train.runs import Poisoned
+from tests.train.runs import Poisoned, changed, remembered
 
 
 def main() -> None:
@@ -38,10 +38,13 @@ def main() -> None:
     except ValueError as error:
         seen["other_kind"] = str(error)
 
-    poisoned = begin("poisoned", "--accumulate", "2")
-    poisoned.batches = Poisoned(poisoned.batches, {3} if world.rank == 1 else ())
-    poisoned.run()
-    seen["skipped"] = poisoned.skips.total
+    for kind in ("ddp", "fsdp"):
+        poisoned = begin(f"poisoned_{kind}", "--accumulate", "2", "--parallel", kind)
+        poisoned.batches = Poisoned(poisoned.batches, {3} if world.rank == 1 else ())
+        states = remembered(poisoned)
+        poisoned.run()
+        seen[f"skipped_{kind}"] = poisoned.stepper.skips.total
+        seen[f"changed_{kind}"] = [sorted(changed(states[step], states[step - 1])) for step in (3, 4)]
 
     apart = begin("apart")
     if world.rank == 1:

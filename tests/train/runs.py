@@ -45,6 +45,37 @@ def log_of(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
+def everything(trained: Training) -> dict[str, bytes]:
+    """The bits of all that a step changes: weights, averages, moments, AdamW's counters; those that are held here."""
+    states = {"weights": trained.model.state_dict()}
+    states |= {name: ema.model.state_dict() for name, ema in trained.averages.items()}
+    optimizer = trained.stepper.optimizer
+    for number, parameter in enumerate(trained.stepper.trained):
+        states |= {f"{key}/{number}": {"": value} for key, value in optimizer.state[parameter].items()}
+    found = {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+    held = {key: value.to_local() if hasattr(value, "to_local") else value for key, value in found.items()}
+    return {key: value.numpy().tobytes() for key, value in held.items()}
+
+
+def remembered(trained: Training) -> list[dict[str, bytes]]:
+    """What `everything` is after each step that the run will take."""
+    states, take = [], trained.stepper.take
+
+    def remember(batch, step, asked):
+        take(batch, step, asked)
+        trained.stepper.settle()  # the averages follow once the host has learnt what became of the step
+        states.append(everything(trained))
+
+    trained.stepper.take = remember
+    return states
+
+
+def changed(one: dict[str, bytes], other: dict[str, bytes]) -> set[str]:
+    """The kinds of values that differ."""
+    assert one.keys() == other.keys()
+    return {key.split("/")[0] for key in one if one[key] != other[key]}
+
+
 class Poisoned:
     """Batches of which some have images that are not numbers."""
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from math import isfinite
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from diffit.train.checkpoints import Checkpoints, fault
 from diffit.train.stopping import EXIT_CODE, StopSignals
-from tests.train.runs import TINY, TRAIN, Poisoned, log_of, run, training
+from tests.train.runs import TINY, TRAIN, Poisoned, changed, everything, log_of, remembered, run, training
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 COUNT = 20
@@ -155,25 +156,58 @@ def test_the_last_and_every_nth_checkpoint_stay(flags, tmp_path):
     assert names(tmp_path) == ["00000004", "00000008", "00000010"]
 
 
-def test_a_step_that_is_not_finite_changes_nothing(flags, tmp_path):
-    poisoned = training(flags, tmp_path)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing(flags, tmp_path, fused):
+    poisoned = training(flags, tmp_path, "--ema_decay", "[0.9, 0.2]")
+    if not fused:  # as on a device whose fused AdamW cannot skip
+        poisoned.stepper.optimizer = poisoned.state.optimizer = torch.optim.AdamW(poisoned.stepper.trained, fused=False)
     poisoned.batches = Poisoned(poisoned.batches, {2, 3})
-    states = []
-    clean = poisoned._optimize
-
-    def remember(batch, step):
-        result = clean(batch, step)
-        models = (poisoned.model, poisoned.averages["ema.safetensors"].model)
-        states.append([{k: v.clone() for k, v in model.state_dict().items()} for model in models])
-        return result
-
-    poisoned._optimize = remember
+    states = remembered(poisoned)
     poisoned.run()
-    for step in (2, 3):
-        torch.testing.assert_close(states[step], states[1], rtol=0, atol=0)
-    assert not torch.equal(states[4][0]["head.weight"], states[3][0]["head.weight"])
+    assert states[3] == states[2] == states[1]
+    kinds = {"weights", "ema.safetensors", "ema_0.2.safetensors", "exp_avg", "exp_avg_sq", "step"}
+    assert changed(states[4], states[3]) == kinds
     assert [line["skipped"] for line in log_of(tmp_path)] == [0, 0, 1, 2, 2, 2]
     assert json.loads((tmp_path / "checkpoints/00000006/progress.json").read_text())["skipped"] == 2
+
+
+def test_a_run_that_begins_with_a_skip_learns_the_rest(flags, tmp_path):
+    poisoned = training(flags, tmp_path)
+    poisoned.batches = Poisoned(poisoned.batches, {0})
+    states = remembered(poisoned)
+    poisoned.run()
+    first = {key: value for key, value in states[0].items() if key.startswith(("exp_avg", "step"))}
+    assert not any(b"".join(first.values()))
+    assert "weights" in changed(states[0], states[1])
+    restored = training(flags, tmp_path)
+    assert everything(restored) == states[5]
+    assert {float(state["step"]) for state in restored.stepper.optimizer.state.values()} == {5}
+
+
+@pytest.mark.parametrize("save_every", [3, 6])
+def test_skips_are_all_known_where_they_are_written(flags, tmp_path, save_every):
+    """The last step before a line of the log or a checkpoint is settled with the others; its sums leave it out."""
+    poisoned = training(flags, tmp_path, "--log_every", "6", "--save_every", str(save_every))
+    poisoned.batches = Poisoned(poisoned.batches, {1, 2, 5})
+    poisoned.run()
+    saved = {int(name): tmp_path / "checkpoints" / name / "progress.json" for name in names(tmp_path)}
+    skipped = {step: json.loads(path.read_text())["skipped"] for step, path in saved.items()}
+    assert skipped == {step: {3: 2, 6: 3}[step] for step in range(save_every, 7, save_every)}
+    lines = log_of(tmp_path)
+    assert [line["skipped"] for line in lines] == list(skipped.values())
+    assert all(isfinite(line[key]) for line in lines for key in ("loss", "grad_norm"))
+
+
+def test_the_log_holds_the_means_over_the_steps_that_were_taken(flags, tmp_path):
+    for name, every in (("each", "1"), ("means", "6")):
+        poisoned = training(flags, tmp_path / name, "--log_every", every, "--save_every", "6")
+        poisoned.batches = Poisoned(poisoned.batches, {2})
+        poisoned.run()
+    each, (means,) = log_of(tmp_path / "each"), log_of(tmp_path / "means")
+    for key in ("loss", "grad_norm"):
+        taken = [line[key] for line in each if line[key] is not None]
+        assert len(taken) == 5
+        assert means[key] == pytest.approx(sum(taken) / 5, rel=1e-6)
 
 
 def test_a_run_that_stays_not_finite_ends(flags, tmp_path):

@@ -64,9 +64,12 @@ def test_the_kinds_of_parallelism_are_not_mixed(seen):
         assert "was written with --parallel fsdp" in rank["other_kind"]
 
 
-def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(folder, seen):
-    assert [rank["skipped"] for rank in seen] == [1, 1]
-    lines = log_of(folder / "poisoned")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(folder, seen, kind):
+    assert [rank[f"skipped_{kind}"] for rank in seen] == [1, 1]
+    everything = ["ema.safetensors", "exp_avg", "exp_avg_sq", "step", "weights"]
+    assert [rank[f"changed_{kind}"] for rank in seen] == 2 * [[[], everything]]
+    lines = log_of(folder / f"poisoned_{kind}")
     assert [line["loss"] is None for line in lines] == [False, False, False, True, False, False]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1]
 

@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffit.config.train import parse_train
+from diffit.distributed import World
 from diffit.ema import ramped_decay
 from diffit.models.zoo import create_model
 from diffit.train.parallel import blocks, recompute_blocks
+from diffit.training import Training
 from tests.small_models import write_fashion_files
-from tests.train.runs import TINY, log_of, run, training
+from tests.train.runs import TINY, Poisoned, log_of, run, training
 
 SIZES = {
     "Diffit-S": {"input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2},
@@ -19,7 +23,7 @@ SIZES = {
 def gradients(trained):
     """Of the first batch, by parameter."""
     torch.manual_seed(0)
-    trained._accumulate(trained.batches[0])
+    trained.stepper.accumulate(trained.batches[0])
     return {name: p.grad for name, p in trained.model.named_parameters() if p.requires_grad}
 
 
@@ -95,19 +99,78 @@ def test_fp16_scales_its_loss_and_resumes_with_the_scale(flags, tmp_path):
     assert half[-1] != full[-1]
 
 
+def test_the_loss_scale_falls_with_a_step_that_this_process_would_have_taken(flags, tmp_path):
+    """Another process, or a loss whose gradient is finite, may be the reason: the scale stays the same in all."""
+    stepper = training(flags, tmp_path, "--precision", "fp16").stepper
+    stepper.scaler.load_state_dict(stepper.scaler.state_dict() | {"scale": 2.0**8})
+    batch = training(flags, tmp_path).batches[0]
+    before = [p.clone() for p in stepper.trained]
+    for wrong, scale in ((1.0, 2.0**7), (0.0, 2.0**7)):
+        stepper.optimizer.zero_grad()
+        stepper.accumulate(batch)
+        stepper.scaler.unscale_(stepper.optimizer)
+        assert all(p.grad.isfinite().all() for p in stepper.trained)
+        stepper._update(torch.tensor(wrong))
+        assert stepper.scaler.get_scale() == scale
+        same = [torch.equal(p, q) for p, q in zip(stepper.trained, before, strict=True)]
+        assert all(same) if wrong else not all(same)
+
+
+class NoReads(TorchDispatchMode):
+    """Context in which the values of a tensor steer nothing on the host."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), f"{name} waits for the device"
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_reads_nothing_but_what_became_of_the_step_before(flags, tmp_path, precision):
+    with pytest.raises(AssertionError, match="waits"), NoReads():
+        bool(torch.ones(()) > 0)
+    trained = training(flags, tmp_path, "--precision", precision, "--accumulate", "2", "--optimizer.grad_clip", "1")
+    stepper, batches, known = trained.stepper, Poisoned(trained.batches, {0, 1, 2, 3}), []
+    for step in range(4):
+        batch = batches[step]
+        with NoReads():
+            stepper.take(batch, step, asked=step == 1)
+        known.append((stepper.skips.total, stepper.stop))
+    assert known == [(0, False), (1, False), (2, True), (3, False)]
+    stepper.settle()
+    stepper.settle()
+    assert stepper.skips.total == 4
+    assert stepper.means() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_no_step_waits_for_a_gpu(flags, tmp_path, precision):
+    more = ["--device", "cuda", "--precision", precision, "--optimizer.grad_clip", "1"]
+    trained = Training(parse_train([*flags, "--run_dir", str(tmp_path), *more]), torch.device("cuda"), World())
+    batches, before = Poisoned(trained.batches, {5}), torch.cuda.get_sync_debug_mode()
+    for step in range(8):
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else before)  # the first steps copy tables to the device
+        try:
+            trained.stepper.take(batches[step], step, asked=False)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    trained.stepper.settle()
+    assert trained.stepper.skips.total >= 1
+
+
 def test_several_averages_at_once(flags, tmp_path):
     several = training(flags, tmp_path / "several", "--ema_decay", "[0.9, 0.2]")
     expected = {decay: several.model.head.weight.detach().clone() for decay in (0.9, 0.2)}
-    optimize = several._optimize
+    take = several.stepper.take
 
-    def follow(batch, step):
-        result = optimize(batch, step)
+    def follow(batch, step, asked):
+        take(batch, step, asked)
         for decay in expected:
             now = ramped_decay(decay, step + 1)
             expected[decay] = now * expected[decay] + (1 - now) * several.model.head.weight.detach()
-        return result
 
-    several._optimize = follow
+    several.stepper.take = follow
     several.run()
     assert list(several.averages) == ["ema.safetensors", "ema_0.2.safetensors"]
     for ema, value in zip(several.averages.values(), expected.values(), strict=True):
