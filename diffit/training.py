@@ -8,26 +8,19 @@ from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from torch import nn
 
 from diffit import distributed
-from diffit.checkpoint import find_checkpoint, load_weights, write_atomically
-from diffit.codec import create_codec
+from diffit.checkpoint import find_checkpoint, write_atomically
 from diffit.config.parser import as_tree
 from diffit.config.train import TrainTask
-from diffit.data.batches import Batches
-from diffit.data.datasets import fitting_labels
-from diffit.data.order import Plan
-from diffit.data.prepare import TrainingData, prepare_data
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.ema import EMA
-from diffit.models.zoo import build_model, model_config
-from diffit.train.adapt import adapt_state
 from diffit.train.checkpoints import Checkpoints
 from diffit.train.parallel import is_sharded, out_of_step, recompute_blocks, shard
 from diffit.train.preview import read_picture, save_preview
 from diffit.train.rates import averaging_decays
 from diffit.train.samples import TrainingSampler
+from diffit.train.setup import create_batches, initial_model, load_data
 from diffit.train.state import EMA_FILE, RunState, ema_files
 from diffit.train.step import Stepper
 from diffit.train.stopping import Stopped, StopSignals
@@ -61,11 +54,11 @@ class Training:
         self.recipe, self.device, self.world = task.recipe, device, world
         self.run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.keep, config.keep_every)
-        data = self._data()
+        data = load_data(config, self.run_dir / "cache", world, device)
         self.description = config.checkpoint_config(data.class_names, "")
-        self.batches = self._batches(data)
+        self.batches = create_batches(config, self.description.network, data, world, device)
         torch.manual_seed(config.seed)  # the same initial weights in every process
-        self.model = self._initial_model().to(device)
+        self.model = initial_model(config, self.description.network, self._print).to(device)
         names = ema_files(config.averages, config.ema_half_life is not None)
         self.averages = {name: EMA(self.model) for name in names}
         self._prepare_model()
@@ -85,50 +78,9 @@ class Training:
             for model in (self.model, *(ema.model for ema in self.averages.values())):
                 shard(model, self.world, self.device)
 
-    def _data(self) -> TrainingData:
-        """The data set as the network is to see it; a latent model's is encoded first."""
-        config = self.config
-        network = model_config(config.model, **config.network)
-        codec = create_codec(config.codec, self.device)
-        size = network.input_size * config.codec.factor
-        cache = self.run_dir / "cache"
-        return prepare_data(config.data, codec, size, network.in_channels, cache, self.world, self.device)
-
-    def _batches(self, data: TrainingData) -> Batches:
-        size, processes = self.config.batch_size, self.world.size
-        if size % processes:
-            raise ValueError(f"--batch_size {size} cannot be shared by {processes} processes: choose a multiple")
-        if size % (processes * self.config.accumulate):
-            raise ValueError(
-                f"--batch_size {size} cannot be shared by {processes} processes in {self.config.accumulate} parts "
-                "each: choose a multiple, or another --accumulate"
-            )
-        share = size // processes
-        part = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        plan = Plan(self.config.seed, len(data.labels), size, part, data.flip)
-        network, clean = self.description.network, data.clean(plan)
-        expected = (network.in_channels, network.input_size, network.input_size)
-        if clean.shape != expected:
-            raise ValueError(
-                f"the data are {'x'.join(map(str, clean.shape))} and {self.config.model} takes "
-                f"{'x'.join(map(str, expected))}: set --network or --codec to fit"
-            )
-        labels = torch.from_numpy(fitting_labels(data.labels, network.num_classes)).to(self.device)
-        return Batches(clean, labels, plan, self.config.process_config, network.class_dropout_prob)
-
-    def _initial_model(self) -> nn.Module:
-        """A fresh network, or the one that --init_from names."""
-        if self.config.init_from is None:
-            return build_model(self.description.network)
-        source, found = find_checkpoint(path=self.config.init_from)
-        trained = load_weights(source.fetch(), found)
-        model = build_model(self.description.network)
-        weights, changes = adapt_state(trained.state_dict(), model.state_dict())
-        model.load_state_dict(weights)
+    def _print(self, sentence: str) -> None:
         if self.world.is_main:
-            for change in changes:
-                print(f"--init_from {source}: {change}")
-        return model
+            print(sentence)
 
     def run(self) -> Path:
         """All steps that are left."""
