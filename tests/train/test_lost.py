@@ -169,6 +169,9 @@ def test_a_step_that_is_not_finite_changes_nothing(flags, tmp_path, fused):
     assert changed(states[4], states[3]) == kinds
     assert [line["skipped"] for line in log_of(tmp_path)] == [0, 0, 1, 2, 2, 2]
     assert json.loads((tmp_path / "checkpoints/00000006/progress.json").read_text())["skipped"] == 2
+    restored = training(flags, tmp_path, "--ema_decay", "[0.9, 0.2]")
+    assert everything(restored) == states[5]
+    assert restored.stepper.optimizer.param_groups[0]["fused"]  # whatever the checkpoint was written with
 
 
 def test_a_run_that_begins_with_a_skip_learns_the_rest(flags, tmp_path):
