@@ -15,10 +15,15 @@ from torch import Tensor
 
 from diffit.diffusion.gaussian import Model, TrainingLosses
 from diffit.diffusion.losses import mean_flat
-from diffit.diffusion.samplers import NoiseSource, Sampler, SamplerState
 from diffit.diffusion.settings import EDMConfig, SamplingConfig
+from diffit.diffusion.states import NoiseSource, Sampler, SamplerState
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def noise_condition(sigma: Tensor) -> Tensor:
+    """c_noise (Table 1): what the network is told of the noise level."""
+    return sigma.log() / 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class EDMPrecond:
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()
-        c_noise = (sigma.log() / 4).flatten().expand(len(x))  # [B]
+        c_noise = noise_condition(sigma).flatten().expand(len(x))  # [B]
         output = self.network((c_in * x).float(), c_noise.float())
         return c_skip * x + c_out * output.to(x.dtype)  # [B, c, h, w]
 
@@ -106,6 +111,12 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
     return torch.cat([levels, levels.new_zeros(1)])  # [steps + 1]
 
 
+def raised_sigma(sigma: float, num_steps: int, S_churn: float, S_min: float, S_max: float) -> float:
+    """The level that churn takes a noise level back to before the step (Algorithm 2, lines 4-5)."""
+    gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
+    return sigma * (1 + gamma) if S_min <= sigma <= S_max else sigma
+
+
 def heun_states(
     denoiser: Denoiser,
     z: Tensor,
@@ -125,7 +136,6 @@ def heun_states(
     if S_churn and noise is None:
         raise ValueError("a sampler with S_churn above 0 adds noise at every step: give it a noise source")
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho).tolist()
-    churn = min(S_churn / num_steps, math.sqrt(2) - 1)
 
     def slope(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """dx/dsigma of the probability flow (Eq. 3), and the denoised x that it points away from."""
@@ -136,7 +146,7 @@ def heun_states(
     x = z.to(wide) * sigmas[0]  # [B, c, h, w]
     for step in range(num_steps):
         current, following = sigmas[step], sigmas[step + 1]
-        raised = current * (1 + churn) if S_min <= current <= S_max else current
+        raised = raised_sigma(current, num_steps, S_churn, S_min, S_max)
         if S_churn:  # noise is drawn at every step, raised or not, so that its stream depends on the step alone
             x = x + math.sqrt(raised**2 - current**2) * S_noise * noise()  # type: ignore[misc]
         first, denoised = slope(x, raised)
@@ -192,10 +202,13 @@ def heun_sampler(process: EDMConfig, config: SamplingConfig) -> Sampler:
     if not isinstance(config.num_sampling_steps, int):
         raise ValueError(f"heun takes a number of steps, not '{config.num_sampling_steps}'")
     levels = (config.num_sampling_steps, process.sigma_min, process.sigma_max, process.rho)
-    edm_sigmas(*levels)
-    churn = (config.s_churn, config.s_min, math.inf if config.s_max is None else config.s_max, config.s_noise)
+    s_max = math.inf if config.s_max is None else config.s_max
+    churn = (config.s_churn, config.s_min, s_max, config.s_noise)
+    sigmas = edm_sigmas(*levels).tolist()[:-1]
+    raised = [raised_sigma(sigma, len(sigmas), config.s_churn, config.s_min, s_max) for sigma in sigmas]
+    times = noise_condition(torch.tensor(sorted({*sigmas, *raised}), dtype=torch.float64)).float()
 
-    def sample(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
+    def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
         return heun_states(EDMPrecond(model, process.sigma_data), z, *levels, *churn, noise)
 
-    return sample
+    return Sampler(states, tuple(times.tolist()))

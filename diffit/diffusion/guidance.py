@@ -61,6 +61,7 @@ class ClassifierFreeGuidance:
             numbers were made with.
         interval: (first, last) original timesteps between which guidance acts, inclusive; elsewhere w = 1.
         num_timesteps: T of the original process.
+        skip_below: where |w - 1| is less, `at` gives a denoiser that does not evaluate the null half.
 
     Raises:
         ValueError: if the schedule is unknown, or channels is less than 1.
@@ -77,6 +78,7 @@ class ClassifierFreeGuidance:
         channels: int | None = 3,
         interval: tuple[int, int] | None = None,
         num_timesteps: int = 1000,
+        skip_below: float = 0.0,
     ) -> None:
         if schedule not in ("constant", "power_cosine"):
             raise ValueError(f"unknown guidance schedule '{schedule}': choose constant or power_cosine")
@@ -88,6 +90,7 @@ class ClassifierFreeGuidance:
         self.channels = channels
         self.interval = interval
         self.num_timesteps = num_timesteps
+        self.skip_below = skip_below
 
     def weight(self, t: Tensor) -> Tensor:
         """w(t), float32 [B]."""
@@ -96,6 +99,18 @@ class ClassifierFreeGuidance:
             first, last = self.interval
             w = torch.where((t >= first) & (t <= last), w, 1.0)
         return w
+
+    def at(self, timestep: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The denoiser for a batch at one original timestep: without the null half where it would hardly count.
+
+        A sampler knows its timesteps on the host; to ask the tensor t would wait for the device.
+        """
+        weight = self.weight(torch.tensor([timestep])).item()
+        return self.labelled if abs(weight - 1) < self.skip_below else self
+
+    def labelled(self, x: Tensor, t: Tensor) -> Tensor:
+        """The labelled half alone: what `__call__` gives where w = 1, but for rounding. Shapes as there."""
+        return self.model(x, t, self.labels[: len(x)]).float()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """x: [B, c, h, w]; t: [B] original timesteps. Returns the labelled half, guided, in float32: [B, o, h, w]."""
@@ -139,4 +154,5 @@ def guided_model(
         None if guidance.channels == "all" else guidance.channels,
         guidance.interval,
         gaussian.diffusion_steps if gaussian else 1000,
+        guidance.skip_below,
     )

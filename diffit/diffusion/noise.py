@@ -42,7 +42,7 @@ class SampleNoise:
     def labels(self, num_classes: int) -> Tensor:
         """One uniformly drawn label per sample, int64 [B]."""
         drawn = [int(keyed_generator(self.seed, i, _LABEL).integers(num_classes)) for i in self.indices]
-        return torch.tensor(drawn, device=self.device)
+        return self._to_device(torch.tensor(drawn))
 
     def start(self) -> Tensor:
         """The state at t = T, [B, c, h, w]."""
@@ -55,7 +55,9 @@ class SampleNoise:
         noise = np.empty((len(generators), *self.shape), np.float32)
         for generator, out in zip(generators, noise, strict=True):
             generator.standard_normal(out=out, dtype=np.float32)
-        tensor = torch.from_numpy(noise)
+        return self._to_device(torch.from_numpy(noise))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffit.diffusion.gaussian import GaussianDiffusion, Model
-from diffit.diffusion.samplers import NoiseSource, Sampler, SamplerState
 from diffit.diffusion.settings import SamplingConfig
+from diffit.diffusion.states import NoiseSource, Sampler, SamplerState, at_timestep
 
 
 def solver_sampler(diffusion: GaussianDiffusion, config: SamplingConfig) -> Sampler:
@@ -21,18 +21,24 @@ def solver_sampler(diffusion: GaussianDiffusion, config: SamplingConfig) -> Samp
     """
     num_steps = _checked_steps(config, diffusion.num_timesteps)
 
-    def sample(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
-        scheduler = _scheduler(config, diffusion)
-        scheduler.set_timesteps(num_steps, device=z.device)
-        x = z
-        for done, t in enumerate(scheduler.timesteps, start=1):
-            steps = torch.full((z.shape[0],), int(t), device=z.device)
-            eps = model(x, steps).float()[:, : z.shape[1]]
-            pred_xstart = diffusion.predict_xstart(x, steps, eps)
-            x = scheduler.step(eps, t, x).prev_sample
+    def scheduler():  # type: ignore[no-untyped-def]
+        """A new one, which has seen no sample; its timesteps stay on the host, where the loop needs them."""
+        fresh = _scheduler(config, diffusion)
+        fresh.set_timesteps(num_steps)
+        return fresh
+
+    times = scheduler().timesteps.tolist()
+
+    def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
+        solver, x = scheduler(), z
+        for done, timestep in enumerate(times, start=1):
+            t = torch.full((z.shape[0],), timestep, device=z.device)
+            eps = at_timestep(model, timestep)(x, t).float()[:, : z.shape[1]]
+            pred_xstart = diffusion.predict_xstart(x, t, eps)
+            x = solver.step(eps, timestep, x).prev_sample
             yield SamplerState(done, num_steps, x, pred_xstart)
 
-    return sample
+    return Sampler(states, tuple(times))
 
 
 def _checked_steps(config: SamplingConfig, num_timesteps: int) -> int:

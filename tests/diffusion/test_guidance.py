@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from diffit.diffusion import ClassifierFreeGuidance, create_diffusion, guidance_weight, resolve_schedule
+from diffit.diffusion import (
+    ClassifierFreeGuidance,
+    create_diffusion,
+    create_sampler,
+    guidance_weight,
+    resolve_schedule,
+)
 from diffit.diffusion.samplers import ddim_sampler
-from diffit.diffusion.settings import SamplingConfig
+from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig, check_process
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
 
 
@@ -60,6 +66,50 @@ def test_power_cosine_ends():
     torch.testing.assert_close(w, torch.tensor([4.4, 1.0]))
     halfway = torch.tensor([1000 * (1 - 0.5**0.25)])  # where (1 - t/T)^4 = 1/2, w is in the middle
     torch.testing.assert_close(guidance_weight(halfway, 5.0, "power_cosine"), torch.tensor([3.0]))
+
+
+def test_the_null_half_is_left_out_where_it_hardly_counts():
+    """Where |w - 1| is below the bound a sampler's model sees B images, elsewhere 2B: 16% fewer at 4.4."""
+    sizes = []
+
+    def model(x, t, y):
+        sizes.append(len(x))
+        return linear_model(x, t, y)
+
+    def sample(sampler, **settings):
+        sizes.clear()
+        guided = ClassifierFreeGuidance(model, torch.tensor([3, 5]), 9, 4.4, "power_cosine", **settings)
+        config = SamplingConfig(sampler, 250 if sampler != "dpm++" else 50)
+        noise = torch.zeros(2, 4, 2, 2)
+        states = create_sampler(DiffusionConfig(), config)(guided, torch.ones(2, 4, 2, 2), noise.clone)
+        return list(states)[-1].x, sum(sizes)
+
+    for sampler, steps in (("ddpm", 250), ("ddim", 250), ("dpm++", 50)):
+        exact, passes = sample(sampler)
+        assert passes == 4 * steps
+        assert set(sizes) == {4}
+        skipped, fewer = sample(sampler, skip_below=1e-3)
+        assert set(sizes) == {2, 4}
+        assert sizes == sorted(sizes)  # the weight rises: what is skipped comes first
+        assert 0.82 * passes < fewer < 0.86 * passes
+        torch.testing.assert_close(skipped, exact, rtol=2e-2, atol=2e-2)
+        assert not torch.equal(skipped, exact)
+
+
+def test_what_is_skipped_is_bounded():
+    labels = torch.tensor([3, 5])
+    cfg = ClassifierFreeGuidance(linear_model, labels, 9, 4.4, "power_cosine", skip_below=1e-3)
+    skipped = [t for t in range(1000) if cfg.at(t) is not cfg]
+    assert skipped == list(range(min(skipped), 1000))
+    weights = cfg.weight(torch.tensor([min(skipped) - 1, min(skipped)])) - 1
+    assert weights[0] >= 1e-3 > weights[1]
+    x, t = torch.randn(2, 4, 2, 2), torch.full((2,), min(skipped))
+    difference = (linear_model(x, t, labels) - linear_model(x, t, torch.full((2,), 9))).abs().max()
+    assert (cfg.labelled(x, t) - cfg(x, t)).abs().max() <= 1e-3 * difference + 1e-5
+    with pytest.raises(ValueError, match="skip_below must not be negative"):
+        check_process("gaussian", SamplingConfig(), GuidanceConfig(skip_below=-1.0))
+    with pytest.raises(ValueError, match="edm process has no timesteps"):
+        check_process("edm", SamplingConfig("heun"), GuidanceConfig(skip_below=1e-3))
 
 
 def test_auto_schedule():

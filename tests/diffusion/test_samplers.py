@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffit.diffusion import create_diffusion, create_sampler
-from diffit.diffusion.settings import DiffusionConfig, SamplingConfig
+from diffit.diffusion import ClassifierFreeGuidance, SampleNoise, create_diffusion, create_sampler
+from diffit.diffusion.settings import DiffusionConfig, EDMConfig, SamplingConfig
 
 MEAN, STD = 0.3, 0.5
 PROCESS = create_diffusion("")
@@ -70,14 +70,53 @@ def test_the_model_sees_original_timesteps():
 
     for sampler in ("ddpm", "ddim", "dpm++", "unipc"):
         seen.clear()
-        for _ in create_sampler(DiffusionConfig(), SamplingConfig(sampler, 10))(
-            model, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2).clone
-        ):
+        chosen = create_sampler(DiffusionConfig(), SamplingConfig(sampler, 10))
+        for _ in chosen(model, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2).clone):
             pass
         assert len(seen) == 10
+        assert sorted(chosen.times) == sorted(seen)
         assert seen == sorted(seen, reverse=True)
         assert seen[0] == 999
         assert seen[-1] < 120
+
+
+@pytest.mark.parametrize("churn", [{}, {"s_churn": 20.0, "s_min": 0.05, "s_max": 50.0}])
+def test_heun_says_what_noise_levels_it_visits(churn):
+    seen = set()
+
+    def model(x, c_noise):
+        seen.update(c_noise.tolist())
+        return torch.zeros_like(x)
+
+    sampler = create_sampler(EDMConfig(), SamplingConfig("heun", 6, **churn))
+    z = torch.zeros(1, 1, 2, 2)
+    for _ in sampler(model, z, z.clone):
+        pass
+    np.testing.assert_allclose([min(abs(t - s) for t in sampler.times) for s in seen], 0, atol=1e-7)
+    assert seen <= {float(t) for t in sampler.times}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "heun"])
+def test_no_sampling_step_waits_for_a_gpu(sampler):
+    """Not for the noise level, nor for the weight of guidance; tables are brought there in the first run."""
+    process = EDMConfig() if sampler == "heun" else DiffusionConfig()
+    chosen = create_sampler(process, SamplingConfig(sampler, 5))
+    noise = SampleNoise(0, range(2), (4, 8, 8), "cuda")
+    labels, z = noise.labels(3), noise.start()
+
+    def model(x, t, y):
+        output = torch.sin(x) * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1)
+        return output if sampler == "heun" else torch.cat([output, output], dim=1)
+
+    guided = ClassifierFreeGuidance(model, labels, 3, 4.4, "power_cosine", skip_below=1e-3)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for _ in chosen(guided, z, noise):
+                pass
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
