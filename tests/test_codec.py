@@ -42,6 +42,28 @@ def test_scaling(tmp_path, config):
     assert decoded.shape == images.shape
 
 
+@torch.no_grad()
+def test_decoding_in_slices(tmp_path, monkeypatch):
+    """Two images at a time give what all at once give, and no more than two are in the decoder."""
+    codec = VAECodec(CodecConfig(save_small_vae(tmp_path / "vae"), 2), CPU)
+    latents = torch.randn(5, 4, 8, 8)
+    whole = codec.decode(latents)
+    sizes = []
+    codec.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr("diffit.codec._PIXELS_AT_ONCE", 2 * 16 * 16)
+    sliced = codec.decode(latents)
+    assert sizes == [2, 2, 1]
+    assert (sliced.int() - whole.int()).abs().max() <= 1
+
+
+def test_the_hash_does_not_see_how_weights_lie_in_memory(tmp_path):
+    codec = VAECodec(CodecConfig(save_small_vae(tmp_path / "vae"), 2), CPU)
+    assert codec.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    before = codec.weights_hash()
+    codec.vae.decoder.to(memory_format=torch.contiguous_format)
+    assert codec.weights_hash() == before
+
+
 def test_bundled_vae_reconstructs():
     """A drawn coat-like shape comes back within a few grey levels on average."""
     codec = VAECodec(CodecConfig("Diffit-Fashion-VAE", 4), CPU)
