@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any
 import diffit
 from diffit import distributed
 from diffit.config.parser import as_tree
-from diffit.config.sample import SampleTask
-from diffit.device import autocast, resolve_device, set_matmul_precision
+from diffit.config.sample import SampleConfig, SampleTask
+from diffit.device import Precision, autocast, resolve_device, set_matmul_precision, to_device
+from diffit.fast import compiles, fast_network, fast_precision
 from diffit.output import GRID, SampleFolder, save_grid, save_pngs
+from diffit.writer import BackgroundWriter
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
     from tqdm import tqdm
 
     from diffit.codec import Codec
     from diffit.diffusion.gaussian import Model
-    from diffit.diffusion.samplers import Sampler
+    from diffit.diffusion.states import Sampler
 
 log = logging.getLogger(__name__)
 # Settings that do not change a sample; a resumed run may change them.
@@ -43,12 +47,17 @@ def generate(task: SampleTask) -> Path:
         ValueError: in one sentence, for everything that a user can mend.
     """
     device = resolve_device(task.config.device)
-    set_matmul_precision(task.config.precision)
+    set_matmul_precision(resolve_precision(task.config, device))
     world = distributed.start(device)
     try:
         return Generation(task, device, world).run()
     finally:
         distributed.stop()
+
+
+def resolve_precision(config: SampleConfig, device: torch.device) -> Precision:
+    """The precision that was asked for; else fp32 or, to be fast, what the device is best at."""
+    return config.precision or (fast_precision(device) if config.fast else "fp32")
 
 
 def class_names(names: Sequence[str], num_classes: int) -> Sequence[str]:
@@ -97,6 +106,8 @@ class Generation:
     def __init__(self, task: SampleTask, device: torch.device, world: distributed.World) -> None:
         self.task, self.config, self.checkpoint = task, task.config, task.checkpoint
         self.device, self.world = device, world
+        self.precision = resolve_precision(self.config, device)
+        self.compiled = self.config.fast and compiles(device)
         self.num_classes = self.checkpoint.network.num_classes
         self.conditional = self.config.class_cond and self.num_classes > 0
         self.names = class_names(self.checkpoint.class_names, self.num_classes)
@@ -128,7 +139,7 @@ class Generation:
         """All that a sample depends on beside its number, for the manifest."""
         tree = {key: value for key, value in as_tree(self.config).items() if key not in _FREE}
         found = {"weights_sha256": sha256(weights), "vae": self.task.vae.vae, "device": self.device.type}
-        return tree | found
+        return tree | found | {"precision": self.precision}
 
     def _sample_missing(self, model: nn.Module, sampler: Sampler) -> None:
         from tqdm import tqdm
@@ -137,18 +148,32 @@ class Generation:
 
         missing = distributed.on_main(self.world, self.folder.missing)
         batches = list(_batches(missing, self.config.batch_size))
-        codec = create_codec(self.task.vae, self.device)
+        codec = create_codec(self.task.vae, self.device, self.compiled)
         self._check_codec(codec)
+        network = self._network(model, sampler)
         mine = batches[self.world.rank :: self.world.size]
         share = f" (process 1 of {self.world.size})" if self.world.size > 1 else ""
         bar = tqdm(total=sum(map(len, mine)), unit="img", desc=f"sampling{share}", disable=not self.world.is_main)
         start = time.monotonic()
-        with bar:
+        with bar, BackgroundWriter(self._write) as writer:
             for indices in mine:
-                self._sample_batch(model, sampler, codec, indices, bar)
+                images, labels = self._sample_batch(network, sampler, codec, indices, bar)
+                writer.add(indices[0], images[: len(indices)], labels[: len(indices)])
+                bar.update(len(indices))
         distributed.barrier(self.world)
         if missing:
             self.seconds_per_image = round((time.monotonic() - start) / len(missing), 4)
+
+    def _network(self, model: nn.Module, sampler: Sampler) -> Any:
+        """The network as the denoiser calls it: as it is, or prepared for speed."""
+        if self.config.fast:
+            return fast_network(model, sampler.times, self.precision, self.device)
+        return autocast(model, self.device, self.precision)
+
+    def _write(self, first: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.folder.add(first, images, labels)
+        if self.config.save_png:
+            save_pngs(self.folder.path / "png", first, images)
 
     def _check_codec(self, codec: Codec) -> None:
         if codec.latent_channels not in (None, self.checkpoint.network.in_channels):
@@ -157,25 +182,25 @@ class Generation:
                 f"needs {self.checkpoint.network.in_channels}: leave --vae out, or give one that fits"
             )
 
-    def _sample_batch(self, model: nn.Module, sampler: Sampler, codec: Codec, indices: range, bar: tqdm[Any]) -> None:
+    def _sample_batch(
+        self, network: Any, sampler: Sampler, codec: Codec, indices: range, bar: tqdm[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B, H, W, C] and labels [B] of these samples, and perhaps of more."""
         import torch
 
         from diffit.diffusion import SampleNoise
 
-        network = self.checkpoint.network
-        shape = (network.in_channels, network.input_size, network.input_size)
+        if self.compiled:  # a graph is made for one shape: a short batch is filled up
+            indices = range(indices[0], indices[0] + self.config.batch_size)
+        config = self.checkpoint.network
+        shape = (config.in_channels, config.input_size, config.input_size)
         noise = SampleNoise(self.config.seed, indices, shape, self.device)
-        with torch.inference_mode(), _explained_memory(self.config.batch_size):
+        with torch.no_grad(), _explained_memory(self.config.batch_size):
             labels = self._labels(noise, indices)
-            denoiser = self._denoiser(autocast(model, self.device, self.config.precision), labels)
-            for state in sampler(denoiser, noise.start(), noise):
+            for state in sampler(self._denoiser(network, labels), noise.start(), noise):
                 bar.set_postfix_str(f"step {state.step}/{state.num_steps}", refresh=False)
                 bar.update(0)
-            images = codec.decode(state.x).cpu().numpy()
-        self.folder.add(indices[0], images, labels.cpu().numpy())
-        if self.config.save_png:
-            save_pngs(self.folder.path / "png", indices[0], images)
-        bar.update(len(indices))
+            return codec.decode(state.x), labels
 
     def _labels(self, noise: Any, indices: range) -> Tensor:
         """Labels [B]: the classes asked for in turn, or drawn at random; all null if unconditional."""
@@ -184,7 +209,7 @@ class Generation:
         if not self.conditional:
             return torch.full((len(indices),), self.num_classes, device=self.device)
         if self.wanted:
-            return torch.tensor([self.wanted[i % len(self.wanted)] for i in indices], device=self.device)
+            return to_device(torch.tensor([self.wanted[i % len(self.wanted)] for i in indices]), self.device)
         return noise.labels(self.num_classes)
 
     def _denoiser(self, model: Any, labels: Tensor) -> Model:

@@ -9,8 +9,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from diffit.config.sample import parse_sample
+from diffit.fast import fast_precision
 from diffit.generation import generate, resolve_labels
 from diffit.output import SampleFolder
 from tests.conftest import ROOT
@@ -157,6 +159,34 @@ def test_16_bit_precision_stays_close(sample):
     share, _ = differing(exact, half)
     assert share > 0
     assert np.abs(exact.astype(int) - half.astype(int)).mean() < 3
+
+
+def test_fast_stays_close_and_says_so(sample):
+    exact, _, _ = sample("--num_samples 6")
+    fast, _, folder = sample("--num_samples 6 --fast True --precision bf16")
+    share, _ = differing(exact, fast)
+    assert share > 0
+    assert np.abs(exact.astype(int) - fast.astype(int)).mean() < 3
+    settings = json.loads((folder / "manifest.json").read_text())["settings"]
+    assert (settings["fast"], settings["precision"], settings["guidance"]["skip_below"]) == (True, "bf16", 1e-3)
+    with pytest.raises(ValueError, match="fast: True, now False"):
+        sample("--num_samples 6 --precision bf16", folder)
+
+
+def test_fast_in_float32_differs_by_rounding_alone(sample):
+    exact, _, _ = sample("--num_samples 6")
+    fast, _, _ = sample("--num_samples 6 --fast True --precision fp32 --guidance.skip_below 0 --batch_size 4")
+    share, largest = differing(exact, fast)
+    assert share < 1e-3
+    assert largest <= 1
+
+
+def test_the_precision_of_a_device(sample):
+    device = torch.device("cpu")
+    assert fast_precision(device) in ("bf16", "fp32")
+    settings = json.loads((sample("--num_samples 1 --fast True")[2] / "manifest.json").read_text())["settings"]
+    assert settings["precision"] == fast_precision(device)
+    assert json.loads((sample("--num_samples 1")[2] / "manifest.json").read_text())["settings"]["precision"] == "fp32"
 
 
 def test_a_vae_that_does_not_fit(sample, tmp_path):

@@ -20,6 +20,7 @@ from diffit.diffusion.settings import (
     SamplingConfig,
     check_process,
 )
+from diffit.fast import SKIP_BELOW
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ class SampleConfig:
         class_cond: False samples without classes.
         vae: an AutoencoderKL of diffusers, a folder or a Hub id, in place of the checkpoint's own.
         device: where to run; auto takes a GPU if there is one.
-        precision: of the network; guidance and sampler stay in fp32.
+        precision: of the network's products; norms, softmax, guidance and sampler stay in fp32. By default fp32, and
+            with --fast True the 16 bits that the device computes with.
+        fast: for previews: 16-bit weights, projections of times and labels computed beforehand, the null half left out
+            where guidance hardly acts (--guidance.skip_below 1e-3) and, on CUDA, network and VAE compiled. What it
+            changes in the images is in docs/benchmarks.md.
         save_png: also write every sample as a PNG file.
         overwrite: replace samples made with other settings.
         dry_run: print the resolved config and stop.
@@ -57,7 +62,8 @@ class SampleConfig:
     class_cond: bool = True
     vae: str | None = None
     device: Device = "auto"
-    precision: Precision = "fp32"
+    precision: Precision | None = None
+    fast: bool = False
     save_png: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -103,6 +109,8 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
         for node in ("diffusion", "edm", "sampling", "guidance"):
             for key, value in asdict(getattr(checkpoint, node)).items():
                 recommended[f"{node}.{key}"] = value
+        if named.fast and checkpoint.process == "gaussian":
+            recommended["guidance.skip_below"] = SKIP_BELOW
         parser.set_defaults(recommended)
         tree = parser.instantiate(parse(parser, arguments))
         config = SampleConfig(**{name: tree[name] for name in SampleConfig.__dataclass_fields__})

@@ -5,14 +5,14 @@ import yaml
 
 from diffit.config.parser import as_tree
 from diffit.config.sample import SampleConfig, build_parser, parse_sample
-from tests.small_models import save_small_checkpoint
+from tests.small_models import save_small_checkpoint, save_small_image_checkpoint
 
 FLAGS = {
     "": "model model_path image_size log_dir num_samples batch_size seed class_labels class_cond vae device precision "
-    "save_png overwrite dry_run",
+    "fast save_png overwrite dry_run",
     "diffusion.": "noise_schedule diffusion_steps learn_sigma",
     "sampling.": "sampler num_sampling_steps eta clip_denoised",
-    "guidance.": "scale enabled schedule power channels interval",
+    "guidance.": "scale enabled schedule power channels interval skip_below",
 }
 
 
@@ -95,6 +95,7 @@ def test_meaningless_upstream_flags(flag, capsys):
         ("--vae_decoder big", "ema, mse"),
         ("--image_size 300 --model Diffit", "choose 256 or 512"),
         ("--class_labels --seed 1", "at least one class"),
+        ("--guidance.skip_below -1", "--guidance.skip_below must not be negative"),
     ],
 )
 def test_refusals(line, words, capsys):
@@ -113,6 +114,14 @@ def test_precedence(tmp_path):
     assert config.sampling.eta == 0.5  # the file's
     assert config.guidance.scale == 5  # the flag's
     assert sample_config(f"--model_path {checkpoint}").guidance.scale == 2
+
+
+def test_fast_skips_guidance_unless_told_otherwise(tmp_path):
+    assert sample_config("").guidance.skip_below == 0
+    assert sample_config("--fast True").guidance.skip_below == 1e-3
+    assert sample_config("--fast True --guidance.skip_below 0").guidance.skip_below == 0
+    pixels = save_small_image_checkpoint(tmp_path)
+    assert sample_config(f"--model_path {pixels} --fast True").guidance.skip_below == 0
 
 
 def test_a_misspelt_key_in_a_file(tmp_path, capsys):

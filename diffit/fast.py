@@ -1,0 +1,59 @@
+"""What `--fast True` stands for on a device: precision, prepared network, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffit.device import Precision
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Weights that differ from 1 by less than this do less to a sample than rounding to bf16 does: docs/benchmarks.md.
+SKIP_BELOW = 1e-3
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm processors that multiply bf16
+
+
+def fast_precision(device: torch.device) -> Precision:
+    """The 16 bits that the device computes with at full speed, else fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and _processor_flags() & _BF16_FLAGS:
+        return "bf16"
+    return "fp32"
+
+
+def _processor_flags() -> set[str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), set())
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether compilation pays for itself: on CUDA, in seconds; on a CPU it takes longer than most runs."""
+    return device.type == "cuda"
+
+
+def fast_network(model: Any, times: Sequence[float], precision: Precision, device: torch.device) -> nn.Module:
+    """The network as sampling calls it, prepared in place and, on CUDA, compiled to CUDA graphs: one a shape.
+
+    Args:
+        model: in eval mode, on the device.
+        times: all that sampling visits; see `Sampler.times`.
+        precision: of its blocks.
+    """
+    import torch
+
+    from diffit.models.fast import prepare_for_sampling
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    prepared = prepare_for_sampling(model, times, dtype)
+    if not compiles(device):
+        return prepared
+    return torch.compile(prepared, mode="reduce-overhead", dynamic=False)  # type: ignore[return-value]
