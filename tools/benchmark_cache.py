@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from diffit import create_model
+from diffit.benchmark.cases import save_large_vae
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.batches import Batches, Latents
 from diffit.data.datasets import ImageArrays, Images, fashion_mnist
@@ -55,15 +56,7 @@ def fashion(device: torch.device, folder: Path) -> tuple[Images, VAECodec, str]:
 
 def imagenet(device: torch.device, folder: Path) -> tuple[Images, VAECodec, str]:
     """Random pictures, an untrained VAE of 83.7 M parameters, and Diffit-S."""
-    from diffusers import AutoencoderKL
-
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-    ).save_pretrained(folder / "vae")
+    save_large_vae(folder / "vae")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
     images = Images(ImageArrays(pixels, np.zeros(4, np.int64), ()), 256, 3)
     return images, VAECodec(CodecConfig(str(folder / "vae"), 8), device), "Diffit-S"
