@@ -36,8 +36,12 @@ def _processor_flags() -> set[str]:
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether compilation pays for itself: on CUDA, in seconds; on a CPU it takes longer than most runs."""
-    return device.type == "cuda"
+    """Whether compilation can be had and pays for itself: on CUDA; on a CPU it takes longer than most runs."""
+    if device.type != "cuda":
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()  # not on Windows or old GPUs
 
 
 def fast_network(model: Any, times: Sequence[float], precision: Precision, device: torch.device) -> nn.Module:

@@ -114,7 +114,8 @@ class Generation:
         self.wanted = resolve_labels(self.config.class_labels or [], self.names)
         folder = Path(self.config.log_dir or f"logs/{self.checkpoint.model}")
         self.folder = SampleFolder(folder, self.config.num_samples)
-        self.seconds_per_image: float | None = None  # unknown where nothing was left to sample
+        # Compilation included; unknown where nothing was left to sample.
+        self.seconds_per_image: float | None = None
 
     def run(self) -> Path:
         """Load, sample what is missing, merge."""
@@ -191,7 +192,7 @@ class Generation:
         from diffit.diffusion import SampleNoise
 
         if self.compiled:  # a graph is made for one shape: a short batch is filled up
-            indices = range(indices[0], indices[0] + self.config.batch_size)
+            indices = range(indices[0], indices[0] + min(self.config.batch_size, self.config.num_samples))
         config = self.checkpoint.network
         shape = (config.in_channels, config.input_size, config.input_size)
         noise = SampleNoise(self.config.seed, indices, shape, self.device)

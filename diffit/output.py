@@ -1,7 +1,7 @@
 """Where samples go: shards as they come, then one .npz in ADM's format, a grid, and a manifest.
 
 A shard holds the samples of one batch and is written under a temporary name, so it is whole or it is not there: a run
-that was killed goes on with what is missing. No step holds more than one shard in memory.
+that was killed goes on with what is missing. No step holds more than a few shards in memory.
 
 Letters: N samples, B samples of a shard, H x W x C of an image.
 """

@@ -61,11 +61,12 @@ def _start_copy(value: Any) -> Callable[[], Any]:
     if value.device.type != "cuda":
         return lambda: _array(value)
     copy = value.to("cpu", non_blocking=True)  # into pinned memory
-    copied = torch.cuda.Event()
+    copied, device = torch.cuda.Event(), value.device
     copied.record()
 
     def finish() -> NDArray[Any]:
-        copied.synchronize()
+        with torch.cuda.device(device):  # a new thread begins with GPU 0
+            copied.synchronize()
         return _array(copy)
 
     return finish

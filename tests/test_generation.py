@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffit.config.sample import parse_sample
-from diffit.fast import fast_precision
+from diffit.fast import fast_network
 from diffit.generation import generate, resolve_labels
 from diffit.output import SampleFolder
 from tests.conftest import ROOT
@@ -181,12 +181,37 @@ def test_fast_in_float32_differs_by_rounding_alone(sample):
     assert largest <= 1
 
 
-def test_the_precision_of_a_device(sample):
-    device = torch.device("cpu")
-    assert fast_precision(device) in ("bf16", "fp32")
+@pytest.mark.parametrize(("flags", "precision"), [({"avx512_bf16"}, "bf16"), ({"avx2"}, "fp32"), (set(), "fp32")])
+def test_the_precision_of_a_device(sample, monkeypatch, flags, precision):
+    monkeypatch.setattr("diffit.fast._processor_flags", lambda: flags)
     settings = json.loads((sample("--num_samples 1 --fast True")[2] / "manifest.json").read_text())["settings"]
-    assert settings["precision"] == fast_precision(device)
+    assert settings["precision"] == precision
     assert json.loads((sample("--num_samples 1")[2] / "manifest.json").read_text())["settings"]["precision"] == "fp32"
+
+
+def test_one_shape_where_the_network_is_compiled(sample, monkeypatch):
+    """A short batch is filled up for the network, and what was not asked for is not written."""
+    flags = "--num_samples 6 --batch_size 4 --fast True --precision fp32"
+    expected, labels, _ = sample(flags)
+    sizes = set()
+
+    def spying(*arguments):
+        network = fast_network(*arguments)
+        network.register_forward_hook(lambda module, inputs, output: sizes.add(len(output)))
+        return network
+
+    monkeypatch.setattr("diffit.generation.compiles", lambda device: True)
+    monkeypatch.setattr("diffit.generation.fast_network", spying)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **settings: None)
+    filled, same_labels, _ = sample(flags)
+    assert sizes <= {4, 8}  # with the null half and without
+    np.testing.assert_array_equal(same_labels, labels)
+    share, largest = differing(expected, filled)
+    assert share < 1e-3
+    assert largest <= 1
+    sizes.clear()
+    sample("--num_samples 2 --batch_size 4 --fast True --precision fp32")
+    assert sizes <= {2, 4}  # no more than were asked for
 
 
 def test_a_vae_that_does_not_fit(sample, tmp_path):

@@ -40,15 +40,16 @@ def ways_to_sample(case: Case, model: Any, sampler: Sampler, device: torch.devic
     ways = {
         "plain": way(with_plain_attention(twin(model))),
         "default (fused attention)": way(twin(model)),
-        "+ weights fixed (bias spread once)": way(fix_weights(twin(model), kernel="fused")),
-        "+ weights fixed, attention as products": way(fix_weights(twin(model), kernel="matmul")),
+        "+ weights fixed, attention fused": way(fix_weights(twin(model), kernel="fused")),
+        "+ weights fixed, attention matmul": way(fix_weights(twin(model), kernel="matmul")),
         "+ conditions tabulated": way(tabulate_conditions(twin(model), times)),
     }
     if case.is_image:
         ways["+ channels-last weights"] = way(twin(model).to(memory_format=torch.channels_last))
     if low != "fp32":
         ways[f"+ {low} autocast"] = way(autocast(twin(model), device, low), low)
-        ways[f"+ {low} weights"] = way(fix_weights(twin(model), dtype), low)
+        for kernel in ("fused", "matmul"):
+            ways[f"+ {low} weights, attention {kernel}"] = way(fix_weights(twin(model), dtype, kernel), low)
     if case.skips:
         ways["+ guidance skipped"] = way(twin(model), exact, skipping)
     if compiled or compiles(device):

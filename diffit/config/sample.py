@@ -40,8 +40,8 @@ class SampleConfig:
         class_cond: False samples without classes.
         vae: an AutoencoderKL of diffusers, a folder or a Hub id, in place of the checkpoint's own.
         device: where to run; auto takes a GPU if there is one.
-        precision: of the network's products; norms, softmax, guidance and sampler stay in fp32. By default fp32, and
-            with --fast True the 16 bits that the device computes with.
+        precision: of the network's products; norms, softmax's sums, guidance and sampler stay in fp32. By default fp32,
+            and with --fast True the 16 bits that the device computes with.
         fast: for previews: 16-bit weights, projections of times and labels computed beforehand, the null half left out
             where guidance hardly acts (--guidance.skip_below 1e-3) and, on CUDA, network and VAE compiled. What it
             changes in the images is in docs/benchmarks.md.

@@ -11,6 +11,7 @@ Letters: B batch, E channels of the conditioning token, S times that sampling vi
 P = sum of 3C over all blocks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from diffit.models.latent import DiffiT
 from diffit.nn.block import DiffiTBlock
 from diffit.nn.fast import FastBlock, FastLinear, Kernel, choose_kernel, without_keys
 
+_SAME_TIME = 1e-4  # times of samplers, timesteps or ln(sigma)/4, are further apart
 Network = TypeVar("Network", DiffiT, ImageDiffiT)
 
 
@@ -38,11 +40,13 @@ class TimeTable(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, t: Tensor, offset: Tensor | None = None) -> Tensor:
-        """t: [B], each of them one of the times (the nearest counts). Returns [B, P].
+        """t: [B], each of them one of the times, but for rounding. Returns [B, P].
 
-        offset, what augmentation told, is zero in sampling and ignored.
+        Any other time gives NaN, so that it cannot pass unnoticed: to raise an error, the host would have to wait for
+        the device. offset, what augmentation told, is zero in sampling and ignored.
         """
-        return self.table[(t[:, None].to(self.times.dtype) - self.times).abs().argmin(dim=1)]
+        distance, row = (t[:, None].to(self.times.dtype) - self.times).abs().min(dim=1)
+        return self.table[row].masked_fill((distance > _SAME_TIME)[:, None], math.nan)
 
 
 class LabelTable(nn.Module):
@@ -120,13 +124,14 @@ def tabulate_conditions(model: Network, times: Sequence[float]) -> Network:
 @torch.no_grad()
 def fix_weights(model: Network, dtype: torch.dtype = torch.float32, kernel: Kernel | None = None) -> Network:
     """Spread biases and cast the blocks, in place. Arguments: see `prepare_for_sampling`."""
+    if isinstance(model, ImageDiffiT):  # as windows leave their images; before there are biases of four dimensions
+        model.to(memory_format=torch.channels_last)
     _replace(model, DiffiTBlock, lambda block: _fast_block(block, dtype, kernel))
     if isinstance(model, DiffiT):
         _replace(model.final_layer, nn.Linear, lambda layer: FastLinear(layer, dtype))
     else:
         for trunk in (model.encoder, model.downs, model.ups, model.decoder):
             _replace(trunk, nn.Conv2d, lambda conv: FastConv(conv, dtype))
-        model.to(memory_format=torch.channels_last)  # as windows leave their images
     return model
 
 
@@ -135,7 +140,7 @@ def _blocks(model: nn.Module) -> list[DiffiTBlock]:
 
 
 def _fast_block(block: DiffiTBlock, dtype: torch.dtype, kernel: Kernel | None) -> FastBlock:
-    chosen = kernel or choose_kernel(block.attn.qkv.weight.device, block.attn.window_size**2)
+    chosen = kernel or choose_kernel(block.attn.qkv.weight.device, block.attn.window_size**2, dtype)
     return FastBlock(block, chosen, dtype)
 
 

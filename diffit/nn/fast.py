@@ -17,13 +17,23 @@ from diffit.nn.block import DiffiTBlock
 # How softmax(Q K^T / sqrt(D) + B) V is computed: by PyTorch's fused attention, as the products that it is, or by
 # FlexAttention, which reads B from its table and never spreads it to N x N.
 Kernel = Literal["fused", "matmul", "flex"]
-# Up to so many tokens a CPU is faster with the products themselves than with its fused attention.
+# Up to so many tokens a CPU is faster, in 16 bits, with the products themselves than with its fused attention.
 _FEW_TOKENS = 64
 
 
-def choose_kernel(device: torch.device, num_tokens: int) -> Kernel:
+def choose_kernel(device: torch.device, num_tokens: int, dtype: torch.dtype) -> Kernel:
     """The fastest measured for windows of N tokens; see docs/benchmarks.md."""
-    return "matmul" if device.type == "cpu" and num_tokens <= _FEW_TOKENS else "fused"
+    few = device.type == "cpu" and num_tokens <= _FEW_TOKENS and dtype != torch.float32
+    return "matmul" if few else "fused"
+
+
+def _onednn_takes(weight: Tensor) -> bool:
+    """Whether the CPU library that fuses layers is there, and works in this precision on this processor."""
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    name = supported.get(str(weight.dtype).removeprefix("torch."))
+    return name is None or getattr(torch.ops.mkldnn, name)()
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -82,13 +92,13 @@ class FastLinear(nn.Module):
         self.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
         self.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         self.dtype, self.gelu = dtype, gelu
-        on_cpu = self.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight) if on_cpu else None
+        takes = _onednn_takes(self.weight)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight) if takes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., C]. Returns [..., C']."""
         x = x.to(self.dtype)
-        if self.packed is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.packed is not None:
             # One call of oneDNN with weights in its own layout, as the compiler makes it (which does not take this
             # one): by itself, a CPU's GELU in 16 bits takes as long as the product before it.
             after, how = ("gelu", "tanh") if self.gelu else ("none", "")

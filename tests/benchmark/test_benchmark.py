@@ -42,7 +42,7 @@ def test_fast_is_not_slower_than_plain():
 def test_one_case(tmp_path):
     """Tables, roofline and JSON of the bundled model, with few rounds."""
     command = [sys.executable, "-m", "diffit.benchmark", "--cases", "Diffit-Fashion", "--batch_size", "2"]
-    command += ["--rounds", "1", "--seconds", "30", "--device", "cpu", "--json", "out.json"]
+    command += ["--rounds", "1", "--seconds", "300", "--device", "cpu", "--json", "out.json"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     shown = ("PyTorch", "## Diffit-Fashion", "| plain |", "| --fast True |", "Roofline", "goes: ", "MFU", "| all |")
@@ -54,7 +54,7 @@ def test_one_case(tmp_path):
     assert 0 < sampling["--fast True"]["rms_error"] < 0.02
     assert 0 < sampling["--fast True"]["pixels"] < 0.5
     assert sum(case["profile"].values()) == pytest.approx(1)
-    assert 0.1 < case["profile"]["addmm"] < 0.9
+    assert any(0.1 < case["profile"].get(name, 0) < 0.9 for name in ("addmm", "mkldnn::_linear_pointwise"))
     assert all(row["images_per_s"] > 0 for row in case["training"])
 
 

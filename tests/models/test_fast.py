@@ -10,6 +10,7 @@ from diffit.benchmark.plain import twin, with_plain_attention
 from diffit.device import autocast
 from diffit.models.fast import FastConv, fix_weights, prepare_for_sampling, tabulate_conditions
 from diffit.models.zoo import model_config
+from diffit.nn.fast import FastTMSA
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
 from tests.small_models import random_network
 
@@ -38,6 +39,14 @@ def test_image_prediction(change, num_classes):
 
 
 @torch.no_grad()
+def test_a_time_that_was_not_asked_for_does_not_pass_unnoticed():
+    model = prepare_for_sampling(random_network(), [3, 500])
+    out = model(torch.randn(2, 4, 8, 8), torch.tensor([500, 499]), torch.tensor([0, 0]))
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+@torch.no_grad()
 def test_unconditional_image_prediction_without_labels():
     model = random_network(model_config("ImageDiffit-Tiny"))
     x, c_noise = torch.randn(2, 3, 32, 32), torch.tensor([0.5, 0.5])
@@ -51,6 +60,10 @@ def test_all_of_a_trunk_is_cast():
     exact = {id(p) for part in (model.tokenizer, model.head, model.t_embedder) for p in part.parameters()}
     convolutions = [module for module in model.modules() if isinstance(module, FastConv)]
     assert len(convolutions) == 6  # of three ResBlocks, of the last one's skip, one on the way down, one on the way up
+    assert all(conv.conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
+    biases = [module.bias for module in model.modules() if isinstance(module, FastTMSA)]
+    assert len(biases) == 3
+    assert all(bias.is_contiguous() for bias in biases)  # fused attention takes no other
     kinds = {p.dtype for p in model.parameters() if id(p) in exact}
     assert kinds == {torch.float32}
     for block in (model.encoder[0][0].block, model.decoder[0][0].block):
