@@ -45,13 +45,20 @@ def set_matmul_precision(precision: Precision) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
+def product_dtype(precision: Precision) -> torch.dtype:
+    """What matrix products take in at this precision; TF32 takes float32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
 def autocast(model: nn.Module, device: torch.device, precision: Precision) -> Any:
     """The model, called under autocast where the precision is a 16-bit one."""
     import torch
 
     if precision in ("fp32", "tf32"):
         return model
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    dtype = product_dtype(precision)
 
     def call(*inputs: Tensor, **conditions: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype):

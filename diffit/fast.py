@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffit.device import Precision
+from diffit.device import Precision, product_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +56,7 @@ def fast_network(model: Any, times: Sequence[float], precision: Precision, devic
 
     from diffit.models.fast import prepare_for_sampling
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    prepared = prepare_for_sampling(model, times, dtype)
+    prepared = prepare_for_sampling(model, times, product_dtype(precision))
     if not compiles(device):
         return prepared
     return torch.compile(prepared, mode="reduce-overhead", dynamic=False)  # type: ignore[return-value]

@@ -21,7 +21,7 @@ from diffit.benchmark.sampling import SamplingBenchmark
 from diffit.benchmark.training import TrainingBenchmark
 from diffit.checkpoint import write_atomically
 from diffit.config.benchmark import BenchmarkConfig
-from diffit.device import Precision, resolve_device, set_matmul_precision
+from diffit.device import Precision, product_dtype, resolve_device, set_matmul_precision
 from diffit.fast import compiles
 
 Peak = Callable[[Precision], Device]
@@ -41,8 +41,7 @@ def run(config: BenchmarkConfig) -> None:
     @functools.cache
     def peak(precision: Precision) -> Device:
         set_matmul_precision(precision)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-        return measure_device(device, dtype)
+        return measure_device(device, product_dtype(precision))
 
     for name in config.cases:
         found["cases"][name] = _run_case(name, config, device, peak)

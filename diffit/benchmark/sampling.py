@@ -94,7 +94,10 @@ class SamplingBenchmark:
         calls: dict[str, Callable[[], object]] = {
             name: partial(self._call, way, late) for name, way in self.ways.items()
         }
-        calls |= {f"{name}\0skipped": self._skipped_call(way) for name, way in self.ways.items() if self._skips(way)}
+        early = max(self.sampler.times)  # where it is
+        for name, way in self.ways.items():
+            if self._skips(way):
+                calls[f"{name}\0skipped"] = partial(self._labelled, way, early)
         calls[PRODUCTS] = self._products()
         times = interleaved(calls, self.device, rounds, seconds)
         self.decoding = self._measure_decoding(rounds, seconds)
@@ -173,8 +176,10 @@ class SamplingBenchmark:
         set_matmul_precision(way.precision)
         return self._denoiser(way)(self.x, self._t(time)).float()
 
-    def _skipped_call(self, way: Way) -> Callable[[], Tensor]:
-        return lambda: self._denoiser(way).labelled(self.x, self._t(self.sampler.times[-1]))
+    def _labelled(self, way: Way, time: float) -> Tensor:
+        """What is left of a call where guidance is skipped."""
+        set_matmul_precision(way.precision)
+        return self._denoiser(way).labelled(self.x, self._t(time))
 
     def _plain(self, time: float) -> Tensor:
         """The plain prediction, computed once."""
@@ -188,7 +193,7 @@ class SamplingBenchmark:
         if self._skips(way):
             guidance = self._denoiser(way)
             time = min(t for t in self.sampler.times if guidance.at(int(t)) is not guidance)
-            errors.append(guidance.labelled(self.x, self._t(time)) - self._plain(time))
+            errors.append(self._labelled(way, time) - self._plain(time))
         return torch.stack(errors)
 
     def _products(self) -> Callable[[], None]:

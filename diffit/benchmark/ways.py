@@ -9,7 +9,7 @@ import torch
 
 from diffit.benchmark.cases import Case
 from diffit.benchmark.plain import twin, with_plain_attention
-from diffit.device import Precision, autocast
+from diffit.device import Precision, autocast, product_dtype
 from diffit.diffusion.settings import GuidanceConfig
 from diffit.diffusion.states import Sampler
 from diffit.fast import SKIP_BELOW, compiles, fast_network, fast_precision
@@ -30,7 +30,7 @@ def ways_to_sample(case: Case, model: Any, sampler: Sampler, device: torch.devic
     """The plain path, the default one, each switch alone on top of that, and all together."""
     exact: Precision = "tf32" if device.type == "cuda" else "fp32"
     low = fast_precision(device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(low, torch.float32)
+    dtype = product_dtype(low)
     both, skipping = case.guidance, replace(case.guidance, skip_below=SKIP_BELOW)
     times = sampler.times
 
