@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from diffit import load_model
+from diffit.benchmark.cases import Case
 from diffit.benchmark.plain import twin, with_plain_attention
+from diffit.benchmark.roofline import Device, count_work
+from diffit.benchmark.sampling import SamplingBenchmark
 from diffit.benchmark.timing import interleaved
+from diffit.checkpoint import CheckpointConfig
+from diffit.codec import PixelCodec
 from diffit.config.benchmark import CASES, parse_benchmark
+from diffit.diffusion.settings import GuidanceConfig, SamplingConfig
 from diffit.fast import fast_network, fast_precision
+from tests.small_models import NETWORK, random_network
 
 CPU = torch.device("cpu")
 
@@ -80,3 +87,20 @@ def test_the_known_cases_are_those_that_can_be_made():
     from diffit.benchmark.cases import CASES as MADE
 
     assert tuple(MADE) == CASES
+
+
+def test_skipped_guidance_is_measured_where_it_is_skipped():
+    """Of a small random network at the published guidance: fewer halves, and an error below the bound's."""
+    checkpoint = CheckpointConfig(
+        "Diffit-S", NETWORK, sampling=SamplingConfig(num_sampling_steps=50), guidance=GuidanceConfig(4.4)
+    )
+    case = Case("small", checkpoint, 2, trained=False)
+    pixels = PixelCodec()
+    peak, work = Device(1e12, 1e10), count_work(NETWORK, 1)
+    benchmark = SamplingBenchmark(case, random_network(), (pixels, pixels), CPU, lambda _: peak, work, compiled=False)
+    rows = {row.way: row for row in benchmark.run(rounds=1, seconds=0)}
+    assert 0.3 < benchmark.skipped_share() < 0.34
+    plain, skipped = rows["default (fused attention)"], rows["+ guidance skipped"]
+    assert plain.max_error < skipped.max_error < 0.05
+    work_of = {way: row.peak_share * row.ms_per_call for way, row in rows.items() if row.peak_share}
+    assert work_of["+ guidance skipped"] / work_of["plain"] == pytest.approx(1 - benchmark.skipped_share() / 2)
