@@ -3,8 +3,9 @@
 import logging
 import sys
 
-from diffit.config.parser import as_tree, fail
-from diffit.config.sample import parse_sample
+from diffit.cli.parser import fail
+from diffit.cli.sample import parse_sample
+from diffit.files import as_tree
 
 
 def main() -> int:
@@ -16,7 +17,7 @@ def main() -> int:
         print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from diffit.generation import generate
+    from diffit.sampling.generate import generate
 
     try:
         path = generate(task)

@@ -2,8 +2,9 @@
 
 import sys
 
-from diffit.config.parser import as_tree, fail
-from diffit.config.train import parse_train
+from diffit.cli.parser import fail
+from diffit.cli.train import parse_train
+from diffit.files import as_tree
 
 
 def main() -> int:
@@ -13,13 +14,13 @@ def main() -> int:
         import yaml
 
         from diffit.distributed import detect_world
-        from diffit.train.estimate import report
+        from diffit.training.estimate import report
 
         print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
         print("\n".join(f"# {line}" for line in report(task.config, detect_world().size).splitlines()))
         return 0
-    from diffit.train.stopping import EXIT_CODE, Stopped
-    from diffit.training import train
+    from diffit.training.loop import train
+    from diffit.training.stopping import EXIT_CODE, Stopped
 
     try:
         path = train(task)

@@ -1,6 +1,6 @@
 from .checkpoint import load_model as load_model
+from .models.config import create_model as create_model
 from .models.image import ImageDiffiT as ImageDiffiT
 from .models.latent import DiffiT as DiffiT
-from .models.zoo import create_model as create_model
 
 __version__: str

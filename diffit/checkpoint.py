@@ -6,16 +6,15 @@ A checkpoint is named by a bundled name ("Diffit-Fashion"), a file, or the relea
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffit.codec import PIXELS, CodecConfig
-from diffit.diffusion.settings import DiffusionConfig, EDMConfig, GuidanceConfig, Process, SamplingConfig
-from diffit.hub import quiet_hub
-from diffit.models.zoo import ZOO, DiffiTConfig, NetworkConfig, build_model, model_config
+from diffit.diffusion.config import DiffusionConfig, EDMConfig, GuidanceConfig, Process, SamplingConfig
+from diffit.files import quiet_hub, write_atomically
+from diffit.models.config import ZOO, DiffiTConfig, NetworkConfig, build_model, model_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -343,21 +342,3 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], config: CheckpointConf
     # A single key: safetensors writes several in random order, and equal checkpoints should be equal files.
     content = save({k: v.contiguous() for k, v in state.items()}, {_METADATA_KEY: config.to_json()})
     write_atomically(path, content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it: it is whole, or it is not there.
-
-    Raises:
-        OSError: if it cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffit.hub import quiet_hub
+from diffit.files import first_line, quiet_hub
 
 if TYPE_CHECKING:
     import torch
@@ -155,8 +155,4 @@ def _load_vae(reference: str):  # type: ignore[no-untyped-def]
             if path.is_dir()
             else "check the network, or give --vae the folder of a copy"
         )
-        raise ValueError(f"cannot load the VAE '{reference}' ({_first_line(error)}): {hint}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+        raise ValueError(f"cannot load the VAE '{reference}' ({first_line(error)[:160]}): {hint}") from error

@@ -19,12 +19,12 @@ if not __package__:
 
 from diffit.device import resolve_device
 from diffit.distributed import World, on_main, start, stop
-from evaluations.backends import create_backend
-from evaluations.checks import check_images, check_pair, label_histogram
-from evaluations.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
-from evaluations.reader import ImageFile
-from evaluations.scores import Scores, load_reference, score_images, share
-from evaluations.statistics import SingularCovarianceWarning
+from diffit.evaluation.backends import create_backend
+from diffit.evaluation.checks import check_images, check_pair, label_histogram
+from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
+from diffit.evaluation.reader import ImageFile
+from diffit.evaluation.scores import Scores, load_reference, score_images, share
+from diffit.evaluation.statistics import SingularCovarianceWarning
 
 T = TypeVar("T")
 _PROJECT = Path(__file__).resolve().parents[1]

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from diffit.device import resolve_device
-from evaluations.backends import Backend, create_backend
+from diffit.evaluation.backends import Backend, create_backend
+from diffit.evaluation.reader import Images
+from diffit.evaluation.scores import collect
+from diffit.evaluation.sources import ImageSource, open_source
 from evaluations.evaluator import add_backend_flags
-from evaluations.reader import Images
-from evaluations.scores import collect
-from evaluations.sources import ImageSource, open_source
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

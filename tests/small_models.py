@@ -11,8 +11,8 @@ import torch
 
 from diffit.checkpoint import CheckpointConfig, save_checkpoint
 from diffit.codec import CodecConfig
-from diffit.diffusion.settings import GuidanceConfig, SamplingConfig
-from diffit.models.zoo import DiffiTConfig, NetworkConfig, build_model, model_config
+from diffit.diffusion.config import GuidanceConfig, SamplingConfig
+from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config
 
 NETWORK = DiffiTConfig(input_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=4, num_classes=3)
 CLASSES = ("Cat", "Dog", "Night owl")

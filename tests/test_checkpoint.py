@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffit import load_model
 from diffit.checkpoint import CheckpointConfig, find_checkpoint, load_weights, save_checkpoint, untold_config
-from diffit.models.zoo import DiffiTConfig
+from diffit.models.config import DiffiTConfig
 from diffit.nn.attention import relative_position_index
 from tests.conftest import ROOT
 from tests.small_models import NETWORK, random_network, save_small_checkpoint

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from diffit.config.sample import parse_sample
-from diffit.config.train import parse_train
+from diffit.cli.sample import parse_sample
+from diffit.cli.train import parse_train
 from diffit.data.datasets import cifar10
-from diffit.generation import generate
-from diffit.models.zoo import model_config
-from diffit.training import train
+from diffit.models.config import model_config
+from diffit.sampling.generate import generate
+from diffit.training.loop import train
 from tests.conftest import ROOT
 from tests.data.pictures import write_pictures, zipped
 from tests.small_models import save_small_image_checkpoint, write_cifar10_files

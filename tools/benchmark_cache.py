@@ -31,7 +31,7 @@ from diffit.data.order import Plan
 from diffit.data.streams import MemoryStream, Stream, WorkerStream
 from diffit.device import resolve_device
 from diffit.diffusion import create_diffusion
-from diffit.diffusion.settings import DiffusionConfig
+from diffit.diffusion.config import DiffusionConfig
 from diffit.distributed import World
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from diffit.config.benchmark import parse_benchmark
-from diffit.config.parser import fail
+from diffit.cli.benchmark import parse_benchmark
+from diffit.cli.parser import fail
 
 
 def main() -> int:

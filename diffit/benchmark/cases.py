@@ -12,8 +12,8 @@ from torch import nn
 from diffit.checkpoint import BUNDLED, CheckpointConfig, find_checkpoint, load_weights, untold_config
 from diffit.codec import Codec, CodecConfig, VAECodec, create_codec
 from diffit.diffusion import resolve_schedule
-from diffit.diffusion.settings import GuidanceConfig, ProcessConfig, SamplingConfig
-from diffit.models.zoo import ImageDiffiTConfig, build_model
+from diffit.diffusion.config import GuidanceConfig, ProcessConfig, SamplingConfig
+from diffit.models.config import ImageDiffiTConfig, build_model
 
 # Name -> (model, side of its images or None for its own, images at once on a GPU, on a CPU).
 CASES: dict[str, tuple[str, int | None, int, int]] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.benchmark.timing import interleaved
-from diffit.models.zoo import NetworkConfig, build_model
+from diffit.models.config import NetworkConfig, build_model
 from diffit.nn.attention import TMSA
 from diffit.nn.fast import FastLinear
 

@@ -19,10 +19,10 @@ from diffit.benchmark.cases import Case, case_codecs, create_case
 from diffit.benchmark.roofline import Device, Work, count_work, measure_device
 from diffit.benchmark.sampling import SamplingBenchmark
 from diffit.benchmark.training import TrainingBenchmark
-from diffit.checkpoint import write_atomically
-from diffit.config.benchmark import BenchmarkConfig
+from diffit.cli.benchmark import BenchmarkConfig
 from diffit.device import Precision, product_dtype, resolve_device, set_matmul_precision
 from diffit.fast import compiles
+from diffit.files import write_atomically
 
 Peak = Callable[[Precision], Device]
 

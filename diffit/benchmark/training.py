@@ -20,7 +20,6 @@ from diffit.benchmark.plain import twin, with_plain_attention
 from diffit.benchmark.roofline import Device, Work
 from diffit.benchmark.timing import interleaved
 from diffit.codec import CodecConfig, PixelCodec, VAECodec
-from diffit.config.train import TrainConfig
 from diffit.data.batches import Batch, Batches, Latents, Pixels
 from diffit.data.datasets import ImageArrays, Images
 from diffit.data.encoding import encode_images
@@ -28,9 +27,10 @@ from diffit.data.order import Plan
 from diffit.data.streams import WorkerStream, image_stream
 from diffit.device import Precision, set_matmul_precision
 from diffit.distributed import World
-from diffit.ema import EMA
 from diffit.fast import compiles, fast_precision
-from diffit.train.step import Stepper
+from diffit.training.config import TrainConfig
+from diffit.training.ema import EMA
+from diffit.training.step import Stepper
 
 BATCHES = "its batches alone (from a cache)"
 _PASSES = 3  # a backward pass has two products for each one of the forward pass

@@ -10,7 +10,7 @@ import torch
 from diffit.benchmark.cases import Case
 from diffit.benchmark.plain import twin, with_plain_attention
 from diffit.device import Precision, autocast, product_dtype
-from diffit.diffusion.settings import GuidanceConfig
+from diffit.diffusion.config import GuidanceConfig
 from diffit.diffusion.states import Sampler
 from diffit.fast import SKIP_BELOW, compiles, fast_network, fast_precision
 from diffit.models.fast import fix_weights, tabulate_conditions

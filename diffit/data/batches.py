@@ -19,8 +19,8 @@ from diffit.data.augment import augment, draw_augmentation
 from diffit.data.order import Plan
 from diffit.data.streams import Stream
 from diffit.device import to_device
+from diffit.diffusion.config import EDMConfig, ProcessConfig
 from diffit.diffusion.noise import keyed_generator
-from diffit.diffusion.settings import EDMConfig, ProcessConfig
 
 # Streams beside those of sampling and order; each process has its own for dropout, from that number on.
 _DRAWS, _DROPOUT = 17, 18

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from diffit.data.config import DataName
 from diffit.data.crop import MODES, square_pixels
 from diffit.data.files import image_files
-from diffit.data.settings import DataName
 
 if TYPE_CHECKING:
     from PIL.Image import Image

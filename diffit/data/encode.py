@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffit.config.encode import EncodeConfig, parse_encode
-from diffit.config.parser import fail
+from diffit.cli.encode import parse_encode
+from diffit.cli.parser import fail
+from diffit.data.config import EncodeConfig
 
 if TYPE_CHECKING:
     from diffit.data.latents import LatentCache

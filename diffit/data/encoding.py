@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffit import distributed
-from diffit.checkpoint import write_atomically
 from diffit.codec import VAECodec
 from diffit.data.datasets import Images, Unreadable, UnreadableImagesError, listing
 from diffit.data.latents import (
@@ -38,7 +37,7 @@ from diffit.data.latents import (
 )
 from diffit.data.streams import worker_count
 from diffit.distributed import World
-from diffit.output import difference
+from diffit.files import difference, write_atomically
 
 SHARD_SIZE = 1024
 _SETTINGS = "settings.json"  # of a cache in the making

@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from diffit.checkpoint import write_atomically
 from diffit.codec import VAECodec
 from diffit.data.datasets import Images, Unreadable
 from diffit.data.order import Picks, Plan
 from diffit.data.streams import MemoryStream, Stream, WorkerStream
+from diffit.files import sha256, write_atomically
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 FORMAT = 1
@@ -157,7 +157,7 @@ class LatentCache:
             ValueError: naming the damaged ones.
         """
         shards = tqdm(self.shards, desc="checking shards", unit="shard")
-        damaged = [shard.file for shard in shards if file_hash(self.folder / shard.file) != shard.sha256]
+        damaged = [shard.file for shard in shards if sha256(self.folder / shard.file) != shard.sha256]
         if damaged:
             raise ValueError(
                 f"{len(damaged)} of {len(self.shards)} shards in {self.folder} are damaged ({', '.join(damaged[:5])}"
@@ -206,7 +206,7 @@ def open_cache(folder: Path) -> LatentCache:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error!r}): encode again elsewhere") from error
     wrong = [shard.file for shard in shards if not shard_is_whole(folder, shard)]
-    if not (folder / LABELS).exists() or file_hash(folder / LABELS) != labels_hash:
+    if not (folder / LABELS).exists() or sha256(folder / LABELS) != labels_hash:
         wrong.append(LABELS)
     if wrong:
         raise ValueError(
@@ -247,15 +247,6 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def latent_stream(cache: LatentCache, plan: Plan, workers: int, device: torch.device) -> Stream:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from diffit import distributed
 from diffit.codec import Codec, PixelCodec, VAECodec
 from diffit.data.batches import Clean, Latents, Pixels
+from diffit.data.config import DataConfig
 from diffit.data.datasets import Images, UnreadableImagesError, listing, open_images
 from diffit.data.encoding import encode_images
 from diffit.data.latents import MANIFEST, LatentCache, latent_stream, open_cache
 from diffit.data.order import Plan
-from diffit.data.settings import DataConfig
 from diffit.data.streams import find_unreadable, image_stream
 from diffit.distributed import World
 

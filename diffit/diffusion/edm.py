@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffit.diffusion.config import EDMConfig, SamplingConfig
 from diffit.diffusion.gaussian import Model, TrainingLosses
 from diffit.diffusion.losses import mean_flat
-from diffit.diffusion.settings import EDMConfig, SamplingConfig
 from diffit.diffusion.states import NoiseSource, Sampler, SamplerState
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, ProcessConfig
+from diffit.diffusion.config import DiffusionConfig, GuidanceConfig, ProcessConfig
 
 Schedule = Literal["constant", "power_cosine"]
 

@@ -15,9 +15,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from diffit.diffusion.config import SAMPLERS, EDMConfig, ProcessConfig, SamplingConfig, process_of
 from diffit.diffusion.edm import heun_sampler
 from diffit.diffusion.gaussian import GaussianDiffusion, Model, create_diffusion
-from diffit.diffusion.settings import SAMPLERS, EDMConfig, ProcessConfig, SamplingConfig, process_of
 from diffit.diffusion.solvers import solver_sampler
 from diffit.diffusion.states import NoiseSource, Sampler, SamplerState, at_timestep
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from diffit.diffusion.config import SamplingConfig
 from diffit.diffusion.gaussian import GaussianDiffusion, Model
-from diffit.diffusion.settings import SamplingConfig
 from diffit.diffusion.states import NoiseSource, Sampler, SamplerState, at_timestep
 
 

@@ -14,9 +14,9 @@ from diffit.benchmark.roofline import Device, count_work
 from diffit.benchmark.sampling import SamplingBenchmark
 from diffit.benchmark.timing import interleaved
 from diffit.checkpoint import CheckpointConfig
+from diffit.cli.benchmark import CASES, parse_benchmark
 from diffit.codec import PixelCodec
-from diffit.config.benchmark import CASES, parse_benchmark
-from diffit.diffusion.settings import GuidanceConfig, SamplingConfig
+from diffit.diffusion.config import GuidanceConfig, SamplingConfig
 from diffit.fast import fast_network, fast_precision
 from tests.small_models import NETWORK, random_network
 

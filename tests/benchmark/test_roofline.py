@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffit.benchmark.roofline import count_work, measure_device, products_alone
+from diffit.models.config import DiffiTConfig, model_config
 from diffit.models.fast import fix_weights
-from diffit.models.zoo import DiffiTConfig, model_config
 from tests.small_models import NETWORK, random_network
 
 

@@ -13,13 +13,13 @@ import torch
 
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.batches import Latents
+from diffit.data.config import DataConfig
 from diffit.data.datasets import UnreadableImagesError, open_images
 from diffit.data.encode import main
 from diffit.data.encoding import encode_images
 from diffit.data.latents import MANIFEST, latent_stream, open_cache
 from diffit.data.order import Plan
 from diffit.data.prepare import prepare_data
-from diffit.data.settings import DataConfig
 from diffit.data.streams import MemoryStream, WorkerStream
 from diffit.diffusion.noise import keyed_generator
 from diffit.distributed import World

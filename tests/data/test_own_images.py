@@ -3,8 +3,9 @@
 import pytest
 
 from diffit import load_model
-from diffit.config.train import TrainConfig, parse_train
-from diffit.training import train
+from diffit.cli.train import parse_train
+from diffit.training.config import TrainConfig
+from diffit.training.loop import train
 from tests.data.pictures import write_pictures
 from tests.small_models import save_small_vae
 

@@ -10,8 +10,8 @@ from diffit.diffusion import (
     guidance_weight,
     resolve_schedule,
 )
+from diffit.diffusion.config import DiffusionConfig, GuidanceConfig, SamplingConfig, check_process
 from diffit.diffusion.samplers import ddim_sampler
-from diffit.diffusion.settings import DiffusionConfig, GuidanceConfig, SamplingConfig, check_process
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffit.diffusion import ClassifierFreeGuidance, SampleNoise, create_diffusion, create_sampler
-from diffit.diffusion.settings import DiffusionConfig, EDMConfig, SamplingConfig
+from diffit.diffusion.config import DiffusionConfig, EDMConfig, SamplingConfig
 
 MEAN, STD = 0.3, 0.5
 PROCESS = create_diffusion("")

@@ -8,8 +8,8 @@ import torch
 from diffit import load_model
 from diffit.benchmark.plain import twin, with_plain_attention
 from diffit.device import autocast
+from diffit.models.config import model_config
 from diffit.models.fast import FastConv, fix_weights, prepare_for_sampling, tabulate_conditions
-from diffit.models.zoo import model_config
 from diffit.nn.fast import FastTMSA
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
 from tests.small_models import random_network

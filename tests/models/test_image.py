@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit import ImageDiffiT, create_model
+from diffit.models.config import ZOO
 from diffit.models.image import DiffiTResBlock
-from diffit.models.zoo import ZOO
 from diffit.nn.attention import TMSA
 from diffit.nn.window import to_windows
 from tests.small_models import count_parameters

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.datasets import fashion_mnist
-from evaluations.statistics import frechet_distance
+from diffit.evaluation.statistics import frechet_distance
 
 
 def _batches(images: NDArray[np.uint8], size: int = 500) -> Iterator[NDArray[np.uint8]]:

@@ -1,0 +1,68 @@
+"""What may be set about data. No tensor library is needed to read it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffit.codec import CodecConfig
+from diffit.device import Device
+
+DataName = Literal["folder", "fashion_mnist", "cifar10"]
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """Images.
+
+    Args:
+        name: folder (or ZIP; one subfolder per class, or none), or a known data set.
+        path: the folder or ZIP; of a known data set the folder of its files, by default an installed copy, or else it
+            is downloaded to data/.
+        workers: processes that read images, for each process that computes; never more than there are cores.
+        skip_unreadable: name and leave out images that cannot be read, rather than stop.
+    """
+
+    name: DataName = "folder"
+    path: str | None = None
+    workers: int = 8
+    skip_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig(ImagesConfig):
+    """The training images.
+
+    Args:
+        flip: show every other image mirrored, at random; the augmentation of pixels does so by itself.
+        cache: folder of a latent cache, by default RUN_DIR/cache; made if it is not there. Without a path, a finished
+            one is all that is needed.
+        augment: probability of each transform of EDM's augmentation, of pixels only; 0 is no augmentation at all.
+    """
+
+    flip: bool = True
+    cache: str | None = None
+    augment: float = 0.0
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What diffit.data.encode does.
+
+    Args:
+        data: the images; without a path or name, a finished cache is only checked.
+        out: folder of the cache; the same command again goes on with it.
+        vae: an AutoencoderKL of diffusers: a bundled name, a folder, or a Hub id.
+        image_size: side of the square that is cut from every image, in pixels.
+        flip: store the mirror images too.
+        shard_size: images of a file; what a process that is killed loses at most.
+        verify: read every shard of the finished cache again and compare its checksum.
+        device: where the VAE runs; auto takes a GPU if there is one.
+    """
+
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    out: str = ""
+    vae: str = CodecConfig.vae
+    image_size: int = 256
+    flip: bool = True
+    shard_size: int = 1024
+    verify: bool = False
+    device: Device = "auto"

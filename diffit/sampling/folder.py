@@ -1,0 +1,220 @@
+"""Where samples go: shards as they come, then one .npz in ADM's format, a grid, and a manifest.
+
+A shard holds the samples of one batch and is written under a temporary name, so it is whole or it is not there: a run
+that was killed goes on with what is missing. No step holds more than a few shards in memory.
+
+Letters: N samples, B samples of a shard, H x W x C of an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffit.files import difference, write_atomically
+
+MANIFEST = "manifest.json"
+GRID = "grid.png"
+_SHARDS = "shards"
+
+
+class SampleFolder:
+    """The samples of one command.
+
+    Args:
+        path: the folder; created by `prepare`.
+        num_samples: N.
+    """
+
+    def __init__(self, path: Path, num_samples: int) -> None:
+        self.path = path
+        self.num_samples = num_samples
+        self.shards = path / _SHARDS
+
+    def prepare(self, settings: dict[str, Any], overwrite: bool) -> None:
+        """Make the folder ready for these settings; samples already made with the same ones stay.
+
+        Raises:
+            ValueError: if it holds samples of other settings and overwrite is False, or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            found = self._manifest().get("settings")
+            if found != settings:
+                self._refuse(found, settings, overwrite)
+                self._clear()
+                self.write_manifest({"settings": settings, "complete": False})
+            for leftover in (*self.path.glob("*.part"), *self.shards.glob("*.part")):
+                leftover.unlink()
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"cannot write samples to {self.path} ({error}): choose another --log_dir") from error
+
+    def _refuse(self, found: dict[str, Any] | None, settings: dict[str, Any], overwrite: bool) -> None:
+        """Raise ValueError if there are samples that these settings did not make, and they are to stay."""
+        made = any(self.path.glob("samples_*.npz")) or any(self.shards.glob("*.npz"))
+        if overwrite or not made:
+            return
+        what = "no manifest says how" if found is None else difference(found, settings)
+        raise ValueError(
+            f"{self.path} holds samples made with other settings ({what}): choose another --log_dir, or add "
+            "--overwrite True to replace them"
+        )
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.path / MANIFEST
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest was written after everything else."""
+        return bool(self._manifest().get("complete"))
+
+    def _clear(self) -> None:
+        """Remove what this program writes, and nothing else."""
+        self.discard_shards()
+        shutil.rmtree(self.path / "png", ignore_errors=True)
+        for file in (*self.path.glob("samples_*.npz"), self.path / GRID, self.path / MANIFEST):
+            file.unlink(missing_ok=True)
+
+    def finished(self) -> Path | None:
+        """The .npz of all samples, if it is there."""
+        return next(iter(self.path.glob(f"samples_{self.num_samples}x*.npz")), None)
+
+    def write_manifest(self, content: dict[str, Any]) -> None:
+        write_atomically(self.path / MANIFEST, json.dumps(content, indent=2).encode())
+
+    def missing(self) -> list[int]:
+        """Numbers of the samples that no shard holds yet, ascending."""
+        done = {index for first, count, _ in self._sorted_shards() for index in range(first, first + count)}
+        return [index for index in range(self.num_samples) if index not in done]
+
+    def _sorted_shards(self) -> list[tuple[int, int, Path]]:
+        """(first sample, count, file) of every shard."""
+        names = [(file.stem.split("-"), file) for file in self.shards.glob("*.npz")]
+        return sorted((int(first), int(count), file) for (first, count), file in names)
+
+    def add(self, first: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Write samples first, first + 1, ...; images [B, H, W, C], labels [B].
+
+        Raises:
+            ValueError: if the disk is full, or the file cannot be written.
+        """
+        buffer = io.BytesIO()
+        np.savez(buffer, images=images, labels=labels)
+        try:
+            self.shards.mkdir(exist_ok=True)
+            write_atomically(self.shards / f"{first:08d}-{len(images):05d}.npz", buffer.getvalue())
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {self.shards} ({error.strerror}): free some space and run the same command again, "
+                "it continues from here"
+            ) from error
+
+    def stream(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """Images [B, H, W, C] and labels [B] of all shards in order; a sample that two shards hold comes once."""
+        next_index = 0
+        for first, count, file in self._sorted_shards():
+            skip = next_index - first
+            if skip < count:
+                with np.load(file) as shard:
+                    yield shard["images"][skip:], shard["labels"][skip:]
+                next_index = first + count
+
+    def merge(self, with_labels: bool) -> Path:
+        """Write samples_{N}x{H}x{W}x{C}.npz from the shards: arr_0 uint8 images and, if asked, arr_1 int64 labels.
+
+        Equal samples give equal bytes. The shards stay until `discard_shards`.
+
+        Raises:
+            ValueError: if the disk is full.
+        """
+        shape = next(self.stream())[0].shape[1:]
+        path = self.path / f"samples_{'x'.join(str(n) for n in (self.num_samples, *shape))}.npz"
+        temporary = path.with_suffix(".npz.part")
+        try:
+            with zipfile.ZipFile(temporary, "w") as archive:
+                with _member(archive, "arr_0.npy", np.dtype(np.uint8), (self.num_samples, *shape)) as member:
+                    for images, _ in self.stream():
+                        member.write(images.tobytes())
+                if with_labels:
+                    with _member(archive, "arr_1.npy", np.dtype(np.int64), (self.num_samples,)) as member:
+                        for _, labels in self.stream():
+                            member.write(labels.tobytes())
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ValueError(
+                f"cannot write {path} ({error.strerror}): free some space and run the same command again; the samples "
+                "are safe"
+            ) from error
+        return path
+
+    def discard_shards(self) -> None:
+        """Remove the shards, once the file that holds them all is in place."""
+        shutil.rmtree(self.shards, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+    """A file inside an .npz, open for its data; its header is already written."""
+    info = zipfile.ZipInfo(name)  # its date is 1980, so equal samples make equal files
+    with archive.open(info, "w", force_zip64=True) as member:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        yield member
+
+
+def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
+    """Write samples as folder/000000.png, ..."""
+    folder.mkdir(exist_ok=True)
+    for offset, image in enumerate(images):
+        _picture(image).save(folder / f"{first + offset:06d}.png")
+
+
+def _picture(image: NDArray[np.uint8]):  # type: ignore[no-untyped-def]
+    from PIL import Image
+
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_grid(path: Path, images: NDArray[np.uint8], titles: Sequence[str]) -> None:
+    """A picture of up to some dozens of images [B, H, W, C], each with its title above; small images are enlarged."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width = images.shape[:3]
+    zoom = max(1, 128 // width)
+    columns = min(count, max(4, round(count**0.5)))
+    rows = -(-count // columns)
+    gap, title_height = 8, 20
+    cell_width, cell_height = width * zoom + gap, height * zoom + gap + title_height
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, (image, title) in enumerate(zip(images, titles, strict=True)):
+        left = gap + number % columns * cell_width
+        top = gap + number // columns * cell_height
+        draw.text((left, top + 2), _fit(title, font, width * zoom), "black", font)
+        enlarged = _picture(image).convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (left, top + title_height))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def _fit(title: str, font: Any, width: int) -> str:
+    """The title, shortened until it is no wider than this."""
+    shown = title
+    while font.getlength(shown) > width and len(shown) > 1:
+        shown = shown.removesuffix("…")[:-1] + "…"
+    return shown

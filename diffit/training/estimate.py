@@ -1,0 +1,115 @@
+"""What a run costs, counted from shapes alone: parameters, operations, memory. Nothing is computed on the way."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config
+from diffit.training.config import TrainConfig
+
+_FORWARD_AND_BACKWARD = 3  # the backward pass computes two products for each one of the forward pass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a network, for one image in float32.
+
+    Args:
+        parameters: their number, the fixed position embedding included.
+        flops: operations of a forward and backward pass; a multiplication and an addition are two.
+        activations: bytes kept for the backward pass, at most: a fused attention keeps less.
+    """
+
+    parameters: int
+    flops: int
+    activations: int
+
+
+def estimate(network: NetworkConfig) -> Estimate:
+    """Count a network's work by running it on shapes without numbers."""
+    with torch.device("meta"):
+        model = build_model(network)
+        inputs = _inputs(network)
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    alive: list[Tensor] = []  # a freed storage's address would be used again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            alive.append(tensor)
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Estimate(parameters, _FORWARD_AND_BACKWARD * counter.get_total_flops(), sum(kept.values()))
+
+
+def _inputs(network: NetworkConfig) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.empty(1, network.in_channels, network.input_size, network.input_size)
+    return x, torch.empty(1), torch.zeros(1, dtype=torch.int64)
+
+
+def report(config: TrainConfig, processes: int = 1) -> str:
+    """Lines for --dry_run: what would be trained, for how long, in how much memory."""
+    classes = model_config(config.model, **config.network).num_classes  # the data, which may have others, stay unread
+    network = config.checkpoint_config(("",) * classes, "").network
+    found = estimate(network)
+    share = processes if config.parallel == "fsdp" else 1
+    # Weights, gradients, two moments of AdamW, and the averages, all float32.
+    fixed = 4 * found.parameters * (4 + len(config.averages)) / share
+    at_once = config.batch_size / processes / config.accumulate
+    activations = found.activations * at_once / (2 if config.precision in ("bf16", "fp16") else 1)
+    if config.activation_checkpointing:
+        depth = network.depth if isinstance(network, DiffiTConfig) else 2 * sum(network.blocks)
+        activations *= 2 / depth  # one block as a whole, and what enters each of the others
+    lines = [
+        f"parameters: {found.parameters:,}",
+        f"steps: {config.steps:,} of {config.batch_size} images ({config.steps * config.batch_size:,} images), on "
+        f"{processes} {'process' if processes == 1 else 'processes'} with {at_once:g} images at once",
+        f"operations: {found.flops / 1e9:,.1f} GFLOP per image, "
+        f"{found.flops * config.batch_size * config.steps / 1e18:,.3g} EFLOP in all (forward and backward pass)",
+        f"memory per process, estimated: {fixed / 2**30:.2f} GiB of weights, gradients, moments and averages, and at "
+        f"most {activations / 2**30:.2f} GiB of activations",
+    ]
+    return "\n".join(lines)
+
+
+def measured_peak(device: torch.device, precision: str) -> float | None:
+    """Operations a second that a GPU reaches in large matrix products at a precision; None on other devices."""
+    if device.type != "cuda":
+        return None
+    side, repeats = 8192, 20
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def seconds() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds()  # warms up
+    return 2 * side**3 * repeats / seconds()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held on its GPU, or, without one, in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    used: Any = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

@@ -1,0 +1,202 @@
+"""The commands as users run them: scores, files, errors, processes."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from diffit.evaluation import downloads
+from diffit.evaluation.backends import create_backend
+from diffit.evaluation.scores import load_reference, score_images
+from diffit.evaluation.statistics import frechet_distance, inception_score
+from evaluations.evaluator import main as evaluator_main
+from evaluations.make_reference import main as make_reference
+from tests.conftest import ROOT
+from tests.evaluation.conftest import JUDGE
+
+FEATURES = ["--features", JUDGE, "--device", "cpu"]
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Run a command; Python's own files first."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def evaluator(*arguments, **environment):
+    return run(sys.executable, ROOT / "evaluations/evaluator.py", *arguments, **environment)
+
+
+@pytest.fixture(scope="module")
+def expected(pictures):
+    """Scores of the fixture's files, from the judge's features by direct formulas."""
+    backend = create_backend(features=str(ROOT / "tools/fashion/judge.py") + ":" + str(ROOT / JUDGE.split(":")[1]))
+    features = backend(pictures)
+    reference, samples = features.pool[:100].astype(float), features.pool[100:].astype(float)
+    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (reference, samples)]
+    return {
+        "fid": frechet_distance(*moments[0], *moments[1]),
+        "inception_score": inception_score(features.probabilities[100:]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::diffit.evaluation.statistics.SingularCovarianceWarning")
+def test_the_command(files, tmp_path, expected):
+    done = evaluator(*files, *FEATURES, "--json", tmp_path / "scores.json")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[-4:]] == [
+        "Inception Score",
+        "FID",
+        "Precision",
+        "Recall",
+    ]
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["fid"] == pytest.approx(expected["fid"], rel=1e-6)
+    assert found["inception_score"] == pytest.approx(expected["inception_score"], rel=1e-6)
+    assert found["sfid"] is None
+    assert "FID: statistics of the 100 images of reference.npz" in done.stdout
+    for warning in ("140 samples instead of 50000", "holds grey images", "fewer samples than features"):
+        assert f"{warning}" in done.stderr
+
+
+def test_two_processes_give_the_scores_of_one(files, tmp_path):
+    alone = evaluator(*files, *FEATURES, "--json", tmp_path / "1.json", "--batch_size", "64")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ROOT / "evaluations/evaluator.py"
+    both = run(*launcher, script, *files, *FEATURES, "--json", tmp_path / "2.json", "--batch_size", "33")
+    assert alone.returncode == both.returncode == 0, both.stderr
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    for name in ("inception_score", "fid", "precision", "recall", "count"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    assert both.stdout.count("FID:") == 2  # its origin and its value, from one process
+
+
+def error_of(capsys, *arguments):
+    """The one line that the command prints when it gives up."""
+    assert evaluator_main([str(argument) for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_errors_are_one_sentence(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    reference, samples = files
+    truncated, full = tmp_path / "truncated.npz", tmp_path / "full.npz"
+    truncated.write_bytes(samples.read_bytes()[:-100])
+    np.savez(full, arr_0=np.load(reference)["arr_0"], mu=np.zeros(3), sigma=np.eye(3))
+    json_file = ("--json", tmp_path / "no" / "scores.json")
+    assert "not a whole .npz" in error_of(capsys, reference, truncated, *FEATURES)
+    assert "swapped" in error_of(capsys, samples, full, *FEATURES)
+    assert "absent.npz does not exist" in error_of(capsys, reference, tmp_path / "absent.npz", *FEATURES)
+    assert "make it first" in error_of(capsys, reference, samples, *FEATURES, *json_file)
+    assert "no function load_features" in error_of(capsys, reference, samples, "--features", f"json:{samples}")
+    assert "write MODULE:CHECKPOINT" in error_of(capsys, reference, samples, "--features", "judge.py")
+    assert "weights x.pb do not exist" in error_of(capsys, reference, samples, "--weights", "x.pb", "--device", "cpu")
+
+
+def test_found_without_arguments(tmp_path, pictures, monkeypatch, capsys):
+    """The newest samples; there is no public reference for 32 pixels, and none is reachable for 256."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(downloads.URLS, downloads.REFERENCES[256], "http://127.0.0.1:9/reference.npz")
+    (tmp_path / "logs" / "run").mkdir(parents=True)
+    assert "there is no samples_*.npz under" in error_of(capsys)
+    np.savez(tmp_path / "logs" / "samples_4x32x32x1.npz", arr_0=pictures[:4])
+    assert "no public reference for 32x32" in error_of(capsys)
+    newest = tmp_path / "logs" / "run" / "samples_4x256x256x3.npz"
+    np.savez(newest, arr_0=np.zeros((4, 256, 256, 3), np.uint8))
+    os.utime(newest, (2**32, 2**32))
+    assert f"put it at {tmp_path / 'cache' / downloads.REFERENCES[256]}" in error_of(capsys)
+
+
+def test_shell_script_works_from_any_folder(tmp_path):
+    done = run("bash", ROOT / "eval_run.sh", "reference.npz", "samples.npz", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: samples.npz does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["evaluator", "make_reference"])
+def test_help_from_a_foreign_folder(script, tmp_path):
+    done = run(sys.executable, ROOT / "evaluations" / f"{script}.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--features" in done.stdout
+
+
+def test_reference_from_folder_and_zip(tmp_path, pictures, expected, monkeypatch, capsys):
+    """Made of a folder or a .zip, a reference gives the scores of the images themselves."""
+    from PIL import Image
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for number, image in enumerate(pictures[:100]):
+        Image.fromarray(image[..., 0]).save(tmp_path / "images" / "sub" / f"{number:03d}.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted((tmp_path / "images").rglob("*.png")):
+            archive.write(path, path.name)
+    np.savez(tmp_path / "samples.npz", arr_0=pictures[100:])
+    for source in ("images", "images.zip"):
+        out = tmp_path / "out.npz"
+        assert make_reference([str(tmp_path / source), str(out), "--num_images", "60", *FEATURES]) == 0
+        with np.load(out) as made:
+            assert made["arr_0"].shape == (60, 32, 32, 1)
+            assert (made["arr_0"][:, None] == pictures[None, :100]).all((2, 3, 4)).any(1).all()
+        arguments = [out, tmp_path / "samples.npz", *FEATURES, "--json", tmp_path / "scores.json"]
+        assert evaluator_main([str(argument) for argument in arguments]) == 0
+        assert "statistics stored in out.npz" in capsys.readouterr().out
+        found = json.loads((tmp_path / "scores.json").read_text())
+        assert found["fid"] == pytest.approx(expected["fid"], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::diffit.evaluation.statistics.SingularCovarianceWarning")
+def test_from_training(files, expected, pictures, monkeypatch):
+    """The callable: any batch sizes, a reference that is loaded once."""
+    monkeypatch.chdir(ROOT)
+    backend = create_backend(features=JUDGE)
+    reference = load_reference(files[0], backend, manifold=False)
+    for cuts in ([50], [1, 2, 139]):
+        scores = score_images(np.split(pictures[100:], cuts), reference, backend, manifold=False)
+        assert scores.fid == pytest.approx(expected["fid"], rel=1e-6)
+        assert (scores.count, scores.precision, scores.sfid) == (140, None, None)
+    with pytest.raises(ValueError, match="no images"):
+        score_images([], reference, backend)
+    with pytest.raises(ValueError, match="manifold=True"):
+        score_images([pictures[100:]], reference, backend)
+    with pytest.raises(ValueError, match="32x32 images, got 16x32"):
+        backend(pictures[:4, :16])
+
+
+def test_stored_statistics_of_other_features_are_not_used(files, pictures, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    np.savez(files[0], arr_0=pictures[:100], mu=np.zeros(2048), sigma=np.eye(2048))  # Inception's, as ADM's files
+    reference = load_reference(files[0], create_backend(features=JUDGE), manifold=False)
+    assert reference.mean.shape == (128,)
+    assert reference.origin == ("FID: statistics of the 100 images of reference.npz",)
+
+
+def test_wrong_sources_are_refused(tmp_path, monkeypatch, capsys):
+    """What is no data set, and images of several sizes, end in one sentence; --image_size mends the latter."""
+    from PIL import Image
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "broken.zip").write_bytes(b"PK")
+    out = str(tmp_path / "out.npz")
+    for source, message in (
+        (tmp_path / "images", "holds no images"),
+        (tmp_path / "broken.zip", "not a whole .zip"),
+        (tmp_path / "absent", "is no folder"),
+        ("torchvision:Nothing", "no data set 'Nothing'"),
+    ):
+        assert make_reference([str(source), out, *FEATURES]) == 2
+        assert message in capsys.readouterr().err
+    for number, size in enumerate([(40, 64), (32, 32), (90, 70), (33, 47)]):
+        Image.effect_noise(size, 80).save(tmp_path / "images" / f"{number}.png")
+    assert make_reference([str(tmp_path / "images"), out, *FEATURES]) == 2
+    assert "--image_size to bring all to one size" in capsys.readouterr().err
+    assert make_reference([str(tmp_path / "images"), out, "--image_size", "32", *FEATURES]) == 0
+    assert np.load(out)["arr_0"].shape == (4, 32, 32, 1)

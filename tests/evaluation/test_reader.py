@@ -1,0 +1,119 @@
+"""Streaming out of .npz files, and one clear error for each kind of wrong file."""
+
+import re
+
+import numpy as np
+import pytest
+
+from diffit.evaluation.checks import check_images, check_pair, label_histogram
+from diffit.evaluation.reader import ImageFile, to_rgb
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_batches_are_the_images(tmp_path, pictures, save):
+    save(tmp_path / "a.npz", arr_0=pictures, arr_1=np.arange(240))
+    file = ImageFile(tmp_path / "a.npz")
+    assert (file.count, file.image_shape, file.keys) == (240, (32, 32, 1), ("arr_0", "arr_1"))
+    np.testing.assert_array_equal(np.concatenate(list(file.batches(50))), pictures)
+    np.testing.assert_array_equal(np.concatenate(list(file.batches(7, 33, 81))), pictures[33:81])
+    np.testing.assert_array_equal(file.array("arr_1"), np.arange(240))
+    assert file.array("mu") is None
+
+
+def test_a_later_part_is_read_without_the_earlier(tmp_path):
+    """Memory stays small: of 65 MB a batch is held, and what skipping reads at a time (16 MB, twice)."""
+    import tracemalloc
+
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((1000, 128, 170, 3), np.uint8))
+    tracemalloc.start()
+    for _ in ImageFile(tmp_path / "a.npz").batches(10, 500):
+        pass
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+
+
+def test_grey_becomes_colour(pictures):
+    assert (to_rgb(pictures[:4]) == pictures[:4]).all()
+    assert to_rgb(pictures[:4]).shape == (4, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((5, 8, 8, 3), np.uint8)}, "no array 'arr_0' .*images"),
+        ({"arr_0": np.zeros((5, 8, 8), np.uint8)}, r"shape \[5, 8, 8\]"),
+        ({"arr_0": np.zeros((5, 3, 8, 8), np.uint8)}, r"shape \[5, 3, 8, 8\]"),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "is empty"),
+        ({"arr_0": np.linspace(-1, 1, 960, dtype=np.float32).reshape(5, 8, 8, 3)}, "float32 images between -1 and 1"),
+        ({"arr_0": np.full((5, 8, 8, 3), np.nan)}, "float64 images, 960 of the first 960 values NaN"),
+        ({"arr_0": np.array([{}] * 4)}, "shape"),
+    ],
+)
+def test_wrong_arrays(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        ImageFile(tmp_path / "a.npz")
+
+
+def test_damaged_files(tmp_path, pictures):
+    path = tmp_path / "a.npz"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        ImageFile(path)
+    path.touch()
+    with pytest.raises(ValueError, match="empty file"):
+        ImageFile(path)
+    np.savez(path, arr_0=pictures)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"not a whole \.npz"):
+        ImageFile(path)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"not a whole \.npz"):
+        list(ImageFile(path).batches(100))
+
+
+def warnings_of(path, **arrays):
+    np.savez(path, **arrays)
+    return " | ".join(check_images(ImageFile(path), progress=False))
+
+
+def test_images_that_cannot_be_meant(tmp_path, pictures):
+    path = tmp_path / "a.npz"
+    assert warnings_of(path, arr_0=pictures) == ""
+    with pytest.raises(ValueError, match="without scaling"):
+        warnings_of(path, arr_0=(pictures > 100).astype(np.uint8))
+    with pytest.raises(ValueError, match="are the same"):
+        warnings_of(path, arr_0=np.repeat(pictures[:1], 9, 0))
+    doubtful = pictures.copy()
+    doubtful[3], doubtful[5:8] = 77, doubtful[20]
+    found = warnings_of(path, arr_0=doubtful)
+    assert re.search("1 of 240 images are constant", found)
+    assert re.search("3 of 240 images repeat", found)
+
+
+def test_labels(tmp_path, pictures):
+    path = tmp_path / "a.npz"
+    even = np.random.default_rng(0).integers(0, 10, 240)
+    assert warnings_of(path, arr_0=pictures, arr_1=even) == ""
+    assert re.search("^10 classes, .* images each .mean 24.0", label_histogram(ImageFile(path)) or "")
+    assert "more uneven than chance" in warnings_of(path, arr_0=pictures, arr_1=even // 5 * 9)
+    assert "8 of 10 classes have none" in warnings_of(path, arr_0=pictures, arr_1=even // 5 * 9)
+    assert "not one label per image" in warnings_of(path, arr_0=pictures, arr_1=even[:-1])
+    assert "not class numbers" in warnings_of(path, arr_0=pictures, arr_1=even / 2)
+
+
+def test_pairs(tmp_path, pictures):
+    np.savez(tmp_path / "samples.npz", arr_0=pictures)
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((9, 64, 64, 3), np.uint8), mu=np.zeros(2), sigma=np.eye(2))
+    samples, reference = ImageFile(tmp_path / "samples.npz"), ImageFile(tmp_path / "reference.npz")
+    found = " | ".join(check_pair(reference, samples))
+    assert "240 samples instead of 50000" in found
+    assert "samples are 32x32 and reference images are 64x64" in found
+    assert "samples.npz holds grey images" in found
+    with pytest.raises(ValueError, match="swapped"):
+        check_pair(samples, reference)
+    np.savez(tmp_path / "few.npz", arr_0=pictures[:3])
+    with pytest.raises(ValueError, match="at least 4"):
+        check_pair(reference, ImageFile(tmp_path / "few.npz"))

@@ -1,8 +1,0 @@
-import pytest
-
-from tests.train.runs import tiny_flags
-
-
-@pytest.fixture(scope="session")
-def flags(tmp_path_factory):
-    return tiny_flags(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,219 @@
+"""Nothing that a run has learnt is lost: kills, signals, broken files, full disks, numbers that are not finite."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from math import isfinite
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffit.training.checkpoints import Checkpoints, fault
+from diffit.training.stopping import EXIT_CODE, StopSignals
+from tests.training.runs import TINY, TRAIN, Poisoned, changed, everything, log_of, remembered, run, training
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+COUNT = 20
+
+
+def names(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def same_end(one: Path, two: Path, step: int) -> bool:
+    """Whether two runs ended with the same weights, average, optimizer and log."""
+    first, second = (torch.load(d / f"checkpoints/{step:08d}/state.pt", weights_only=True) for d in (one, two))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    averages = [(d / f"checkpoints/{step:08d}/ema.safetensors").read_bytes() for d in (one, two)]
+    return averages[0] == averages[1] and log_of(one) == log_of(two)
+
+
+def kill_and_resume(flags, run_dir, kills, after, seconds, generator) -> None:
+    """Start a run again and again, and kill it some time after its first new checkpoint; then let it end.
+
+    After each kill every checkpoint that counts must be whole, and no step may be lost.
+    """
+    command, newest = [*TRAIN, *flags, "--run_dir", str(run_dir)], 0
+    keeper = Checkpoints(run_dir / "checkpoints", keep=2)
+    for _ in range(kills):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (keeper.newest() is None or int(keeper.newest().name) < newest + after):
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, seconds))
+        assert process.poll() is None, "the run ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = keeper.complete()
+        assert [fault(folder) for folder in found] == [None] * len(found)
+        assert int(found[-1].name) >= newest
+        newest = int(found[-1].name)
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(names(run_dir)) == 2
+
+
+def test_a_killed_run_goes_on_bit_for_bit(flags, tmp_path):
+    more = ["--steps", "60", "--ema_decay", "[0.9, 0.99]"]
+    run(flags, tmp_path / "whole", *more)
+    kill_and_resume([*flags, *more], tmp_path / "killed", 1, after=4, seconds=0.1, generator=random.Random(0))
+    assert same_end(tmp_path / "whole", tmp_path / "killed", 60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not on this machine")
+def test_killed_20_times_on_fashion_mnist(tmp_path):
+    flags = [*TINY, "--data.path", str(FASHION), "--steps", "300", "--log_every", "10"]
+    run(flags, tmp_path / "whole")
+    kill_and_resume(flags, tmp_path / "killed", COUNT, after=2, seconds=0.5, generator=random.Random(1))
+    assert same_end(tmp_path / "whole", tmp_path / "killed", 300)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_a_checkpoint(flags, tmp_path, number):
+    command = [*TRAIN, *flags, "--run_dir", str(tmp_path), "--steps", "100000", "--save_every", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 3:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE == 75
+    (saved,) = names(tmp_path)
+    assert log_of(tmp_path)[-1]["step"] == int(saved)
+    assert f"stopped after step {int(saved)}: the same command goes on" in errors
+
+
+def test_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.asked
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def damage(folder: Path, how: str) -> None:
+    if how == "bit":
+        with open(folder / "state.pt", "r+b") as file:
+            file.seek(1000)
+            byte = file.read(1)[0]
+            file.seek(1000)
+            file.write(bytes([byte ^ 1]))
+    elif how == "cut":
+        with open(folder / "ema.safetensors", "r+b") as file:
+            file.truncate(500)
+    else:
+        (folder / how).unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("bit", "state.pt is damaged"),
+        ("cut", "ema.safetensors is damaged"),
+        ("progress.json", "progress.json is missing"),
+        ("complete.json", "it was not written to its end"),
+    ],
+)
+def test_of_a_broken_checkpoint_the_one_before_is_used(flags, tmp_path, capsys, how, said):
+    run(flags, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    damage(tmp_path / "broken" / "checkpoints" / "00000006", how)
+    resumed = training(flags, tmp_path / "broken")
+    assert resumed.step == 4
+    out = capsys.readouterr().out
+    assert said in out
+    assert "the one before is used" in out
+    resumed.run()
+    assert same_end(tmp_path / "whole", tmp_path / "broken", 6)
+    assert names(tmp_path / "broken") == ["00000004", "00000006", "00000006.broken"]
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 20 kB, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_older_checkpoints_alone(flags, tmp_path, small_disk, capsys):
+    run(flags, tmp_path, "--steps", "2")
+    whole = training(flags, tmp_path)
+    small_disk()
+    with pytest.raises(ValueError, match="the checkpoint of step 6 could not be written"):
+        whole.run()
+    assert "the checkpoint of step 4 could not be written" in capsys.readouterr().out
+    assert names(tmp_path) == ["00000002"]
+    assert fault(tmp_path / "checkpoints" / "00000002") is None
+    assert log_of(tmp_path)[-1]["step"] == 6
+
+
+def test_the_last_and_every_nth_checkpoint_stay(flags, tmp_path):
+    run(flags, tmp_path, "--steps", "10", "--keep", "2", "--keep_every", "4")
+    assert names(tmp_path) == ["00000004", "00000008", "00000010"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing(flags, tmp_path, fused):
+    poisoned = training(flags, tmp_path, "--ema_decay", "[0.9, 0.2]")
+    if not fused:  # as on a device whose fused AdamW cannot skip
+        poisoned.stepper.optimizer = poisoned.state.optimizer = torch.optim.AdamW(poisoned.stepper.trained, fused=False)
+    poisoned.batches = Poisoned(poisoned.batches, {2, 3})
+    states = remembered(poisoned)
+    poisoned.run()
+    assert states[3] == states[2] == states[1]
+    kinds = {"weights", "ema.safetensors", "ema_0.2.safetensors", "exp_avg", "exp_avg_sq", "step"}
+    assert changed(states[4], states[3]) == kinds
+    assert [line["skipped"] for line in log_of(tmp_path)] == [0, 0, 1, 2, 2, 2]
+    assert json.loads((tmp_path / "checkpoints/00000006/progress.json").read_text())["skipped"] == 2
+    restored = training(flags, tmp_path, "--ema_decay", "[0.9, 0.2]")
+    assert everything(restored) == states[5]
+    assert restored.stepper.optimizer.param_groups[0]["fused"]  # whatever the checkpoint was written with
+
+
+def test_a_run_that_begins_with_a_skip_learns_the_rest(flags, tmp_path):
+    poisoned = training(flags, tmp_path)
+    poisoned.batches = Poisoned(poisoned.batches, {0})
+    states = remembered(poisoned)
+    poisoned.run()
+    first = {key: value for key, value in states[0].items() if key.startswith(("exp_avg", "step"))}
+    assert not any(b"".join(first.values()))
+    assert "weights" in changed(states[0], states[1])
+    restored = training(flags, tmp_path)
+    assert everything(restored) == states[5]
+    assert {float(state["step"]) for state in restored.stepper.optimizer.state.values()} == {5}
+
+
+@pytest.mark.parametrize("save_every", [3, 6])
+def test_skips_are_all_known_where_they_are_written(flags, tmp_path, save_every):
+    """The last step before a line of the log or a checkpoint is settled with the others; its sums leave it out."""
+    poisoned = training(flags, tmp_path, "--log_every", "6", "--save_every", str(save_every))
+    poisoned.batches = Poisoned(poisoned.batches, {1, 2, 5})
+    poisoned.run()
+    saved = {int(name): tmp_path / "checkpoints" / name / "progress.json" for name in names(tmp_path)}
+    skipped = {step: json.loads(path.read_text())["skipped"] for step, path in saved.items()}
+    assert skipped == {step: {3: 2, 6: 3}[step] for step in range(save_every, 7, save_every)}
+    lines = log_of(tmp_path)
+    assert [line["skipped"] for line in lines] == list(skipped.values())
+    assert all(isfinite(line[key]) for line in lines for key in ("loss", "grad_norm"))
+
+
+def test_the_log_holds_the_means_over_the_steps_that_were_taken(flags, tmp_path):
+    for name, every in (("each", "1"), ("means", "6")):
+        poisoned = training(flags, tmp_path / name, "--log_every", every, "--save_every", "6")
+        poisoned.batches = Poisoned(poisoned.batches, {2})
+        poisoned.run()
+    each, (means,) = log_of(tmp_path / "each"), log_of(tmp_path / "means")
+    for key in ("loss", "grad_norm"):
+        taken = [line[key] for line in each if line[key] is not None]
+        assert len(taken) == 5
+        assert means[key] == pytest.approx(sum(taken) / 5, rel=1e-6)
+
+
+def test_a_run_that_stays_not_finite_ends(flags, tmp_path):
+    with pytest.raises(ValueError, match="not finite in 3 steps in a row, the last of them step 4: lower"):
+        run(flags, tmp_path, "--optimizer.lr", "1e30", "--max_skipped", "3")
+    assert names(tmp_path) == ["00000002"]

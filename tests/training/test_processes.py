@@ -1,0 +1,87 @@
+"""Two processes over gloo: they learn what one does, FSDP2 what DDP does, and they agree on everything that matters."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffit import load_model
+from tests.conftest import ROOT
+from tests.training.runs import TWO, log_of, run
+
+
+@pytest.fixture(scope="module")
+def folder(flags, tmp_path_factory) -> Path:
+    """What two processes left behind; see ranks.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [*TWO, str(Path(__file__).parent / "ranks.py"), str(folder), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def curve(run_dir, key="loss"):
+    return np.array([line[key] for line in log_of(run_dir)])
+
+
+def weights(run_dir, file="ema.safetensors", step=6):
+    model, _ = load_model(run_dir / "checkpoints" / f"{step:08d}" / file)
+    return np.concatenate([value.numpy().ravel() for value in model.state_dict().values()])
+
+
+def test_two_learn_what_one_does_for_50_steps(folder, flags, tmp_path):
+    run(flags, tmp_path, "--steps", "50", "--save_every", "50")
+    one, two = curve(tmp_path), curve(folder / "long")
+    assert len(one) == 50
+    assert len(set(one)) == 50
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+def test_fsdp_learns_what_ddp_does(folder):
+    np.testing.assert_allclose(curve(folder / "fsdp"), curve(folder / "ddp"), rtol=1e-5)
+    np.testing.assert_allclose(curve(folder / "fsdp", "grad_norm"), curve(folder / "ddp", "grad_norm"), rtol=1e-4)
+
+
+def test_fsdp_resumes_bit_for_bit(folder):
+    np.testing.assert_array_equal(curve(folder / "fsdp_half"), curve(folder / "fsdp"))
+    for file in ("ema.safetensors", "ema_0.2.safetensors"):
+        np.testing.assert_array_equal(weights(folder / "fsdp_half", file), weights(folder / "fsdp", file))
+    assert np.ptp(weights(folder / "fsdp") - weights(folder / "fsdp", "ema_0.2.safetensors")) > 0
+    assert (folder / "fsdp_half" / "previews" / "00000006.png").exists()
+
+
+def test_the_kinds_of_parallelism_are_not_mixed(seen):
+    for rank in seen:
+        assert "was written with --parallel fsdp" in rank["other_kind"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(folder, seen, kind):
+    assert [rank[f"skipped_{kind}"] for rank in seen] == [1, 1]
+    everything = ["ema.safetensors", "exp_avg", "exp_avg_sq", "step", "weights"]
+    assert [rank[f"changed_{kind}"] for rank in seen] == 2 * [[[], everything]]
+    lines = log_of(folder / f"poisoned_{kind}")
+    assert [line["loss"] is None for line in lines] == [False, False, False, True, False, False]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1]
+
+
+def test_one_changed_bit_in_one_process_is_found(folder, seen):
+    for rank in seen:
+        assert "different values of head.weight at step 0" in rank["apart"]
+    assert not list((folder / "apart" / "checkpoints").glob("*"))
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(folder, seen):
+    assert seen[0]["stopped"] == seen[1]["stopped"]
+    kind, step = seen[0]["stopped"]
+    assert kind == "Stopped"
+    assert [path.name for path in (folder / "stopped" / "checkpoints").iterdir()] == [f"{step:08d}"]
