@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffit.codec import PIXELS, CodecConfig
-from diffit.diffusion.config import DiffusionConfig, EDMConfig, GuidanceConfig, Process, SamplingConfig
+from diffit.diffusion.config import GuidanceConfig, ProcessSettings, SamplingConfig
 from diffit.files import quiet_hub, write_atomically
 from diffit.models.config import ZOO, DiffiTConfig, NetworkConfig, build_model, model_config
 
@@ -26,16 +26,11 @@ _INDEX = "relative_position_index"
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(ProcessSettings):
     """What a checkpoint says about itself: the model, the process it was trained for, how best to sample it."""
 
     model: str
     network: NetworkConfig
-    process: Process = "gaussian"
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    edm: EDMConfig = field(default_factory=EDMConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     class_names: tuple[str, ...] = ()
     made_by: str = ""  # the recipe and how far it was followed
@@ -53,17 +48,17 @@ class CheckpointConfig:
         tree = json.loads(text)
         guidance = tree["guidance"]
         guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
+        # Files of before a process was known lack its node; theirs are the defaults.
+        nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
+        known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
         return cls(
             model=tree["model"],
             network=model_config(tree["model"], **tree["network"]),
-            process=tree.get("process", "gaussian"),  # files of before EDM say nothing of it
-            diffusion=DiffusionConfig(**tree["diffusion"]),
-            edm=EDMConfig(**tree.get("edm", {})),
-            sampling=SamplingConfig(**tree["sampling"]),
-            guidance=GuidanceConfig(**guidance),
+            process=tree.get("process", "gaussian"),
             codec=CodecConfig(**tree["codec"]),
             class_names=tuple(tree["class_names"]),
             made_by=tree["made_by"],
+            **known,
         )
 
 
@@ -74,8 +69,8 @@ RELEASED: dict[int, tuple[str, GuidanceConfig]] = {
 }
 
 
-def untold_config(model: str, image_size: int | None) -> CheckpointConfig:
-    """The config of weights that say nothing of themselves, from the model's name and the image size.
+def default_config(model: str, image_size: int | None) -> CheckpointConfig:
+    """The config of weights without metadata, from the model's name and the image size.
 
     Raises:
         ValueError: if the model is unknown.
@@ -87,7 +82,7 @@ def untold_config(model: str, image_size: int | None) -> CheckpointConfig:
         network = replace(network, input_size=image_size // codec.factor)
     if not latent:
         sampling = SamplingConfig("heun", num_sampling_steps=18 if network.input_size <= 32 else 40)
-        return CheckpointConfig(model, network, "edm", sampling=sampling, codec=codec)
+        return CheckpointConfig(model, network, codec, process="edm", sampling=sampling)
     _, guidance = RELEASED.get(network.input_size * codec.factor, ("", GuidanceConfig()))
     return CheckpointConfig(model, network, guidance=guidance if model == "Diffit" else GuidanceConfig())
 
@@ -131,7 +126,7 @@ def find_checkpoint(
         source, config = _named(model or "Diffit-Fashion", image_size)
     else:
         source = _given(str(path))
-        config = _told(source.path) or _assumed(source, model, image_size)
+        config = _read_metadata(source.path) or _assumed(source, model, image_size)
     if model is not None and config.model != model:
         raise ValueError(f"{source} holds {config.model}, not {model}: drop --model, or give another file")
     if image_size is not None and config.image_size != image_size:
@@ -145,7 +140,7 @@ def find_checkpoint(
 def _named(model: str, image_size: int | None) -> tuple[Source, CheckpointConfig]:
     if model in BUNDLED:
         source = Source(BUNDLED[model])
-        config = _told(source.path)
+        config = _read_metadata(source.path)
         if config is None:
             raise ValueError(f"{source} is missing or damaged: install diffit again")
         return source, config
@@ -154,7 +149,7 @@ def _named(model: str, image_size: int | None) -> tuple[Source, CheckpointConfig
     if image_size not in (None, *RELEASED):
         raise ValueError(f"no weights were released for {image_size}x{image_size}: choose 256 or 512")
     size = image_size or 256
-    return Source(None, RELEASED[size][0]), untold_config(model, size)
+    return Source(None, RELEASED[size][0]), default_config(model, size)
 
 
 def _given(path: str) -> Source:
@@ -171,10 +166,10 @@ def _given(path: str) -> Source:
 def _assumed(source: Source, model: str | None, image_size: int | None) -> CheckpointConfig:
     if model is None:
         raise ValueError(f"{source} does not say which model it holds: name it with --model, one of {', '.join(ZOO)}")
-    return untold_config(model, image_size)
+    return default_config(model, image_size)
 
 
-def _told(path: Path | None) -> CheckpointConfig | None:
+def _read_metadata(path: Path | None) -> CheckpointConfig | None:
     """The config in a file's metadata; None if it is not safetensors or carries none.
 
     Raises:
@@ -324,8 +319,8 @@ def load_model(path_or_name: str | Path, image_size: int | None = None) -> tuple
         source, config = find_checkpoint(name, image_size=image_size)
     else:
         size_in_name = re.search(r"diffit_(256|512)", Path(name).name)
-        untold = _told(Path(name)) is None
-        model = "Diffit" if untold and size_in_name else None
+        unnamed = _read_metadata(Path(name)) is None
+        model = "Diffit" if unnamed and size_in_name else None
         size = int(size_in_name[1]) if model and size_in_name else image_size
         source, config = find_checkpoint(model, name, size)
     return load_weights(source.fetch(), config), config

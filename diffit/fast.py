@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Weights that differ from 1 by less than this do less to a sample than rounding to bf16 does: docs/benchmarks.md.
-SKIP_BELOW = 1e-3
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm processors that multiply bf16
 
 
@@ -44,19 +41,13 @@ def compiles(device: torch.device) -> bool:
     return has_triton()  # not on Windows or old GPUs
 
 
-def fast_network(model: Any, times: Sequence[float], precision: Precision, device: torch.device) -> nn.Module:
-    """The network as sampling calls it, prepared in place and, on CUDA, compiled to CUDA graphs: one a shape.
-
-    Args:
-        model: in eval mode, on the device.
-        times: all that sampling visits; see `Sampler.times`.
-        precision: of its blocks.
-    """
+def fast_network(model: Any, precision: Precision, device: torch.device) -> nn.Module:
+    """The network as sampling calls it, prepared in place and, on CUDA, compiled to CUDA graphs: one a shape."""
     import torch
 
-    from diffit.models.fast import prepare_for_sampling
+    from diffit.models.fast import fix_weights
 
-    prepared = prepare_for_sampling(model, times, product_dtype(precision))
+    prepared = fix_weights(model, product_dtype(precision))
     if not compiles(device):
         return prepared
     return torch.compile(prepared, mode="reduce-overhead", dynamic=False)  # type: ignore[return-value]

@@ -70,7 +70,7 @@ def save_small_image_checkpoint(folder: Path, **network) -> Path:
     config = CheckpointConfig(
         "ImageDiffit-Tiny",
         network,
-        "edm",
+        process="edm",
         sampling=SamplingConfig("heun", num_sampling_steps=4),
         guidance=GuidanceConfig(scale=2.0 if classes else 1.0, channels="all"),
         codec=CodecConfig("pixels", factor=1),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffit import load_model
-from diffit.checkpoint import CheckpointConfig, find_checkpoint, load_weights, save_checkpoint, untold_config
+from diffit.checkpoint import CheckpointConfig, default_config, find_checkpoint, load_weights, save_checkpoint
 from diffit.models.config import DiffiTConfig
 from diffit.nn.attention import relative_position_index
 from tests.conftest import ROOT
@@ -159,7 +159,7 @@ def test_silent_files_need_a_name(tmp_path):
     save_file(random_network().state_dict(), path)
     with pytest.raises(ValueError, match="name it with --model"):
         find_checkpoint(path=path)
-    assert find_checkpoint("Diffit", path, 512)[1] == untold_config("Diffit", 512)
+    assert find_checkpoint("Diffit", path, 512)[1] == default_config("Diffit", 512)
 
 
 def test_unreachable_hub(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffit.checkpoint import BUNDLED, CheckpointConfig, find_checkpoint, load_weights, untold_config
+from diffit.checkpoint import BUNDLED, CheckpointConfig, default_config, find_checkpoint, load_weights
 from diffit.codec import Codec, CodecConfig, VAECodec, create_codec
 from diffit.diffusion import resolve_schedule
 from diffit.diffusion.config import GuidanceConfig, ProcessConfig, SamplingConfig
@@ -88,7 +88,7 @@ def create_case(name: str, device: torch.device, weights: str | None = None) -> 
     model_name, image_size, *sizes = CASES[name]
     size = sizes[0] if device.type == "cuda" else sizes[1]
     if weights is None and model_name not in BUNDLED:
-        checkpoint = untold_config(model_name, image_size)
+        checkpoint = default_config(model_name, image_size)
         model = random_network(build_model(checkpoint.network))
     else:
         source, checkpoint = find_checkpoint(model_name, weights, image_size)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from diffit.checkpoint import CheckpointConfig, Source, find_checkpoint
 from diffit.cli.parser import build_parser, config_first, fail, parse
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.codec import PIXELS
-from diffit.diffusion.config import (
-    check_process,
-)
-from diffit.fast import SKIP_BELOW
+from diffit.diffusion.config import SKIP_BELOW, ProcessSettings, check_process
 from diffit.sampling.config import SampleConfig, SampleTask
 
 
@@ -30,10 +27,10 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
         named = parse(parser, arguments)
         source, checkpoint = find_checkpoint(named.model, named.model_path, named.image_size)
         recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size, "process": checkpoint.process}
-        for node in ("diffusion", "edm", "sampling", "guidance"):
-            for key, value in asdict(getattr(checkpoint, node)).items():
-                recommended[f"{node}.{key}"] = value
-        if named.fast and checkpoint.process == "gaussian":
+        for node in fields(ProcessSettings)[1:]:
+            for key, value in asdict(getattr(checkpoint, node.name)).items():
+                recommended[f"{node.name}.{key}"] = value
+        if named.fast and checkpoint.process_config.num_timesteps is not None:
             recommended["guidance.skip_below"] = SKIP_BELOW
         parser.set_defaults(recommended)
         tree = parser.instantiate(parse(parser, arguments))
@@ -64,4 +61,4 @@ def _check_against(config: SampleConfig, source: Source, checkpoint: CheckpointC
         raise ValueError(f"{checkpoint.model} in {source} knows no classes: leave --class_labels out")
     if config.class_labels and not config.class_cond:
         raise ValueError("--class_cond False samples without classes: leave it or --class_labels out")
-    check_process(config.process, config.sampling, config.guidance)
+    check_process(config.process_config, config.sampling, config.guidance)

@@ -35,9 +35,10 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
 def _check(config: TrainConfig) -> None:
     network = model_config(config.model, **config.network)
     fitting = ("gaussian", "latents") if isinstance(network, DiffiTConfig) else ("edm", "pixels")
-    if (config.process, "pixels" if config.codec.vae == PIXELS else "latents") != fitting:
-        raise ValueError(f"{config.model} needs --process {fitting[0]} and a --codec.vae of {fitting[1]}")
-    check_process(config.process, config.sampling, config.guidance)
+    seen = "pixels" if config.codec.vae == PIXELS else "latents"
+    if config.process not in (fitting[0], "flow") or seen != fitting[1]:
+        raise ValueError(f"{config.model} needs --process {fitting[0]} or flow and a --codec.vae of {fitting[1]}")
+    check_process(config.process_config, config.sampling, config.guidance)
     if not 0 <= config.data.augment <= 1 or (config.data.augment and config.codec.vae != PIXELS):
         raise ValueError(f"--data.augment is a probability, and for pixels only: it cannot be {config.data.augment}")
     for name in ("steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep"):

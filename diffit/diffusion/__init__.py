@@ -1,4 +1,4 @@
-"""Floor 2: the diffusion process, guidance, noise and samplers. A model is any callable (x, t) -> prediction."""
+"""The diffusion processes, guidance, noise and samplers. A model is any callable (x, t) -> prediction."""
 
 import lazy_loader
 

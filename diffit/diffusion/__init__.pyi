@@ -2,6 +2,7 @@ from .edm import EDM as EDM
 from .edm import EDMPrecond as EDMPrecond
 from .edm import edm_loss as edm_loss
 from .edm import edm_sampler as edm_sampler
+from .flow import FlowMatching as FlowMatching
 from .gaussian import GaussianDiffusion as GaussianDiffusion
 from .gaussian import create_diffusion as create_diffusion
 from .guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
@@ -9,5 +10,7 @@ from .guidance import guidance_weight as guidance_weight
 from .guidance import guided_model as guided_model
 from .guidance import resolve_schedule as resolve_schedule
 from .noise import SampleNoise as SampleNoise
+from .process import Process as Process
+from .process import create_process as create_process
 from .samplers import create_sampler as create_sampler
 from .schedule import space_timesteps as space_timesteps

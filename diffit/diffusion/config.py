@@ -1,9 +1,67 @@
-"""The settings of this floor's parts, each a frozen dataclass of its own; no tensor library is needed to read them."""
+"""The settings of diffusion, each a frozen dataclass, and the choices by name.
 
-from dataclasses import dataclass, fields
-from typing import Literal
+Every choice (process, sampler, noise schedule, loss weighting, guidance schedule) is listed here once, and the
+command-line parser reads it from here. A value "module:function" is imported when it is used, so that --help needs no
+tensor library.
+"""
 
-Process = Literal["gaussian", "edm"]
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+_HERE = "diffit.diffusion"
+
+NOISE_SCHEDULES = {
+    "linear": f"{_HERE}.schedule:linear_betas",
+    "squaredcos_cap_v2": f"{_HERE}.schedule:cosine_betas",
+}
+LOSS_WEIGHTINGS = {
+    "uniform": f"{_HERE}.losses:uniform_weighting",
+    "min_snr": f"{_HERE}.losses:min_snr_weighting",
+}
+TIME_DISTRIBUTIONS = {
+    "uniform": f"{_HERE}.flow:uniform_times",
+    "logit_normal": f"{_HERE}.flow:logit_normal_times",
+}
+GUIDANCE_SCHEDULES = {
+    "constant": f"{_HERE}.guidance:constant_weight",
+    "power_cosine": f"{_HERE}.guidance:power_cosine_weight",
+}
+# Process -> sampler -> function (process config, sampling config) -> sampler; the first one is the process' default.
+SAMPLERS = {
+    "gaussian": {
+        "ddpm": f"{_HERE}.samplers:ddpm_sampler",
+        "ddim": f"{_HERE}.samplers:ddim_sampler",
+        "dpm++": f"{_HERE}.samplers:dpm_solver_sampler",
+        "unipc": f"{_HERE}.samplers:unipc_sampler",
+    },
+    "edm": {"heun": f"{_HERE}.edm:heun_sampler"},
+    "flow": {"euler": f"{_HERE}.flow:euler_sampler", "heun": f"{_HERE}.flow:heun_sampler"},
+}
+
+if TYPE_CHECKING:  # a type checker takes no computed Literal
+    ProcessName = SamplerName = NoiseSchedule = LossWeighting = TimeDistribution = GuidanceSchedule = str
+else:
+    ProcessName = Literal[tuple(SAMPLERS)]
+    SamplerName = Literal[tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))]
+    NoiseSchedule = Literal[tuple(NOISE_SCHEDULES)]
+    LossWeighting = Literal[tuple(LOSS_WEIGHTINGS)]
+    TimeDistribution = Literal[tuple(TIME_DISTRIBUTIONS)]
+    GuidanceSchedule = Literal[("auto", *GUIDANCE_SCHEDULES)]
+
+
+def choose(what: str, choices: Mapping[str, str], name: str) -> Any:
+    """The function or class that a choice names.
+
+    Raises:
+        ValueError: if there is no such choice.
+    """
+    if name not in choices:
+        raise ValueError(f"unknown {what} '{name}': choose {' or '.join(choices)}")
+    return pkgutil.resolve_name(choices[name])
 
 
 @dataclass(frozen=True)
@@ -14,11 +72,24 @@ class DiffusionConfig:
         noise_schedule: betas of the forward process.
         diffusion_steps: T, the number of steps of the forward process.
         learn_sigma: the network also predicts the variance.
+        loss_weighting: of the squared error over timesteps: uniform is ADM's, min_snr caps the signal-to-noise ratio at
+            5 (Hang et al. 2023). The bound that trains the variance is not weighted.
     """
 
-    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    noise_schedule: NoiseSchedule = "linear"
     diffusion_steps: int = 1000
     learn_sigma: bool = True
+    loss_weighting: LossWeighting = "uniform"
+
+    name: ClassVar = "gaussian"
+    implementation: ClassVar = f"{_HERE}.gaussian:create_process"
+    guidance_schedules: ClassVar = ("constant", "power_cosine")
+    own_sampling: ClassVar = ("eta", "clip_denoised")
+
+    @property
+    def num_timesteps(self) -> int:
+        """The range of the times that the network is asked about."""
+        return self.diffusion_steps
 
 
 @dataclass(frozen=True)
@@ -41,8 +112,34 @@ class EDMConfig:
     p_mean: float = -1.2
     p_std: float = 1.2
 
+    name: ClassVar = "edm"
+    implementation: ClassVar = f"{_HERE}.edm:EDM"
+    guidance_schedules: ClassVar = ("constant",)
+    own_sampling: ClassVar = ("s_churn", "s_min", "s_max", "s_noise")
+    learn_sigma: ClassVar = False
+    num_timesteps: ClassVar = None  # the network is asked about ln(sigma)/4: there are no timesteps
 
-ProcessConfig = DiffusionConfig | EDMConfig
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The rectified flow that a network was trained for: x_t = (1 - t) x + t eps, t in [0, 1].
+
+    Args:
+        time_distribution: of t in training: uniform, or the logistic function of a normal number, which visits the
+            middle more often.
+    """
+
+    time_distribution: TimeDistribution = "uniform"
+
+    name: ClassVar = "flow"
+    implementation: ClassVar = f"{_HERE}.flow:FlowMatching"
+    guidance_schedules: ClassVar = ("constant",)
+    own_sampling: ClassVar = ()
+    learn_sigma: ClassVar = False
+    num_timesteps: ClassVar = 1000  # the network is asked at 1000 t
+
+
+ProcessConfig = DiffusionConfig | EDMConfig | FlowConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +148,7 @@ class SamplingConfig:
 
     Args:
         sampler: of the Gaussian process, ddpm is the published one; ddim, dpm++ and unipc need fewer steps. heun is
-            that of EDM.
+            that of EDM; a flow has euler and heun.
         num_sampling_steps: how many of the T steps are taken; also "ddim50" (fixed integer stride) or "10,15,20"
             (steps per equal section) for ddpm and ddim.
         eta: noise of ddim, 0 (deterministic) to 1 (ancestral).
@@ -63,7 +160,7 @@ class SamplingConfig:
         s_noise: standard deviation of that noise.
     """
 
-    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "heun"] = "ddpm"
+    sampler: SamplerName = "ddpm"
     num_sampling_steps: int | str = 250
     eta: float = 0.0
     clip_denoised: bool = False
@@ -80,8 +177,8 @@ class GuidanceConfig:
     Args:
         scale: guidance scale s; 1 is no guidance.
         enabled: False samples class-conditionally without guidance, whatever the scale.
-        schedule: weight over time; auto is power_cosine up to 32x32 latents and constant above, as published. EDM has
-            constant alone.
+        schedule: weight over time; auto is power_cosine up to 32x32 latents and constant above, as published. EDM and
+            flows have constant alone.
         power: exponent of power_cosine.
         channels: how many noise channels are guided: 3 reproduces the published numbers, 'all' is the textbook form.
         interval: [first, last] timestep (of T) at which guidance acts, inclusive; everywhere by default.
@@ -91,50 +188,64 @@ class GuidanceConfig:
 
     scale: float = 1.0
     enabled: bool = True
-    schedule: Literal["auto", "constant", "power_cosine"] = "auto"
+    schedule: GuidanceSchedule = "auto"
     power: float = 4.0
     channels: int | Literal["all"] = 3
     interval: tuple[int, int] | None = None
     skip_below: float = 0.0
 
 
-SAMPLERS: dict[Process, tuple[str, ...]] = {"gaussian": ("ddpm", "ddim", "dpm++", "unipc"), "edm": ("heun",)}
-# The sampling settings that only one process reads.
-_OWN_SETTINGS: dict[Process, tuple[str, ...]] = {
-    "gaussian": ("eta", "clip_denoised"),
-    "edm": ("s_churn", "s_min", "s_max", "s_noise"),
-}
+# Weights of guidance that differ from 1 by less do less to a sample than rounding to bf16 does: docs/benchmarks.md.
+SKIP_BELOW = 1e-3
 
 
-def process_of(config: ProcessConfig) -> Process:
-    """The name of the process that a config describes."""
-    return "edm" if isinstance(config, EDMConfig) else "gaussian"
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings:
+    """What sampling, training and checkpoints all say of the process; one node for each, of which `process` is used."""
+
+    process: ProcessName = "gaussian"
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    edm: EDMConfig = field(default_factory=EDMConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+    @property
+    def process_config(self) -> ProcessConfig:
+        """The node of the process that is used."""
+        nodes: tuple[ProcessConfig, ...] = (self.diffusion, self.edm, self.flow)
+        return next(node for node in nodes if node.name == self.process)
 
 
-def check_process(process: Process, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
+def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
     """Refuse settings that mean nothing to a process.
 
     Raises:
         ValueError: if its samplers are others, a setting of sampling belongs to another process or is out of range, or
             guidance is over timesteps that it does not have.
     """
-    if sampling.sampler not in SAMPLERS[process]:
-        choices = " or ".join(SAMPLERS[process])
-        raise ValueError(f"the {sampling.sampler} sampler does not fit the {process} process: choose {choices}")
-    foreign = [name for other, names in _OWN_SETTINGS.items() if other != process for name in names]
+    name = process.name
+    if sampling.sampler not in SAMPLERS[name]:
+        choices = " or ".join(SAMPLERS[name])
+        raise ValueError(f"the {sampling.sampler} sampler does not fit the {name} process: choose {choices}")
+    foreign = {setting for other in (DiffusionConfig, EDMConfig, FlowConfig) for setting in other.own_sampling}
     for setting in fields(sampling):
-        if setting.name in foreign and getattr(sampling, setting.name) != setting.default:
-            raise ValueError(f"--sampling.{setting.name} means nothing to the {process} process: leave it out")
+        is_foreign = setting.name in foreign - set(process.own_sampling)
+        if is_foreign and getattr(sampling, setting.name) != setting.default:
+            raise ValueError(f"--sampling.{setting.name} means nothing to the {name} process: leave it out")
     _check_churn(sampling)
     if guidance.skip_below < 0:
         raise ValueError(f"--guidance.skip_below must not be negative, as {guidance.skip_below} is")
-    if process == "edm" and (
+    if process.num_timesteps is None and (
         guidance.schedule == "power_cosine" or guidance.interval is not None or guidance.skip_below
     ):
         raise ValueError(
-            "the edm process has no timesteps for --guidance.schedule power_cosine, --guidance.interval or "
+            f"the {name} process has no timesteps for --guidance.schedule power_cosine, --guidance.interval or "
             "--guidance.skip_below to go by: leave them out"
         )
+    if guidance.schedule not in ("auto", *process.guidance_schedules):
+        choices = " or ".join(process.guidance_schedules)
+        raise ValueError(f"the {name} process has no guidance schedule {guidance.schedule}: choose {choices}")
 
 
 def _check_churn(sampling: SamplingConfig) -> None:

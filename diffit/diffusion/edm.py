@@ -10,20 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit.diffusion.config import EDMConfig, SamplingConfig
 from diffit.diffusion.gaussian import Model, TrainingLosses
 from diffit.diffusion.losses import mean_flat
-from diffit.diffusion.states import NoiseSource, Sampler, SamplerState
+from diffit.diffusion.samplers import NoiseSource, Sampler, SamplerState
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-
-
-def noise_condition(sigma: Tensor) -> Tensor:
-    """c_noise (Table 1): what the network is told of the noise level."""
-    return sigma.log() / 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class EDMPrecond:
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()
-        c_noise = noise_condition(sigma).flatten().expand(len(x))  # [B]
+        c_noise = (sigma.log() / 4).flatten().expand(len(x))  # [B]
         output = self.network((c_in * x).float(), c_noise.float())
         return c_skip * x + c_out * output.to(x.dtype)  # [B, c, h, w]
 
@@ -79,11 +76,15 @@ def edm_loss(
     return weight * (denoiser(images + sigma * noise, sigma.flatten()) - images) ** 2  # [B, c, h, w]
 
 
-@dataclass(frozen=True)
 class EDM:
-    """The process as training sees it, with the call of GaussianDiffusion."""
+    """The process as training sees it, with the calls of GaussianDiffusion."""
 
-    config: EDMConfig
+    def __init__(self, config: EDMConfig | None = None) -> None:
+        self.config = config or EDMConfig()
+
+    def draw_t(self, generator: np.random.Generator, count: int) -> NDArray[np.float32]:
+        """Standard normal numbers that choose ln sigma, see `edm_loss`: float32 [count]."""
+        return generator.standard_normal(count, np.float32)
 
     def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor) -> TrainingLosses:
         """`edm_loss` per sample. x_start, noise: [B, c, h, w]; t: standard normal [B], for the noise level."""
@@ -109,12 +110,6 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
     root_max, root_min = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = torch.linspace(root_max, root_min, num_steps, dtype=torch.float64) ** rho  # [steps]
     return torch.cat([levels, levels.new_zeros(1)])  # [steps + 1]
-
-
-def raised_sigma(sigma: float, num_steps: int, S_churn: float, S_min: float, S_max: float) -> float:
-    """The level that churn takes a noise level back to before the step (Algorithm 2, lines 4-5)."""
-    gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
-    return sigma * (1 + gamma) if S_min <= sigma <= S_max else sigma
 
 
 def heun_states(
@@ -146,7 +141,8 @@ def heun_states(
     x = z.to(wide) * sigmas[0]  # [B, c, h, w]
     for step in range(num_steps):
         current, following = sigmas[step], sigmas[step + 1]
-        raised = raised_sigma(current, num_steps, S_churn, S_min, S_max)
+        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= current <= S_max else 0.0
+        raised = current * (1 + gamma)  # the level that churn goes back to (Algorithm 2, lines 4-5)
         if S_churn:  # noise is drawn at every step, raised or not, so that its stream depends on the step alone
             x = x + math.sqrt(raised**2 - current**2) * S_noise * noise()  # type: ignore[misc]
         first, denoised = slope(x, raised)
@@ -202,13 +198,11 @@ def heun_sampler(process: EDMConfig, config: SamplingConfig) -> Sampler:
     if not isinstance(config.num_sampling_steps, int):
         raise ValueError(f"heun takes a number of steps, not '{config.num_sampling_steps}'")
     levels = (config.num_sampling_steps, process.sigma_min, process.sigma_max, process.rho)
+    edm_sigmas(*levels)  # refuses levels that do not fall before anything is loaded
     s_max = math.inf if config.s_max is None else config.s_max
     churn = (config.s_churn, config.s_min, s_max, config.s_noise)
-    sigmas = edm_sigmas(*levels).tolist()[:-1]
-    raised = [raised_sigma(sigma, len(sigmas), config.s_churn, config.s_min, s_max) for sigma in sigmas]
-    times = noise_condition(torch.tensor(sorted({*sigmas, *raised}), dtype=torch.float64)).float()
 
     def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
         return heun_states(EDMPrecond(model, process.sigma_data), z, *levels, *churn, noise)
 
-    return Sampler(states, tuple(times.tolist()))
+    return states

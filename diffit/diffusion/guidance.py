@@ -6,17 +6,37 @@ Letters: B batch, c channels, o = c or 2c output channels, T steps of the origin
 import logging
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffit.diffusion.config import DiffusionConfig, GuidanceConfig, ProcessConfig
-
-Schedule = Literal["constant", "power_cosine"]
+from diffit.diffusion.config import GUIDANCE_SCHEDULES, GuidanceConfig, ProcessConfig, choose
 
 
-def resolve_schedule(schedule: str, input_size: int) -> Schedule:
+def constant_weight(t: Tensor, scale: float, power: float, num_timesteps: int) -> Tensor:
+    """w(t) = s. t: [B]. Returns float32 [B]."""
+    return torch.full(t.shape, scale, dtype=torch.float32, device=t.device)
+
+
+def power_cosine_weight(t: Tensor, scale: float, power: float, num_timesteps: int) -> Tensor:
+    """w(t) = 1 + (s - 1) (1 - cos(pi (1 - t/T)^power)) / 2, which rises from 1 at t = T to s at t = 0.
+
+    t: [B] original timesteps in 0..T-1. Returns float32 [B].
+    """
+    remaining = 1 - t.float() / num_timesteps
+    return 1 + (scale - 1) * 0.5 * (1 - torch.cos(math.pi * remaining**power))
+
+
+def guidance_weight(t: Tensor, scale: float, schedule: str, power: float = 4.0, num_timesteps: int = 1000) -> Tensor:
+    """w(t) of a schedule by name, float32 [B], for original timesteps t [B] in 0..T-1.
+
+    Raises:
+        ValueError: if the schedule is unknown.
+    """
+    return choose("guidance schedule", GUIDANCE_SCHEDULES, schedule)(t, scale, power, num_timesteps)
+
+
+def resolve_schedule(schedule: str, input_size: int) -> str:
     """What `auto` means for a latent of this side: power-cosine up to 32, constant above. The choice is logged.
 
     The published commands name no schedule: 256 pixels (side 32) used one, 512 (64) the other.
@@ -25,25 +45,10 @@ def resolve_schedule(schedule: str, input_size: int) -> Schedule:
         ValueError: if the schedule is unknown.
     """
     if schedule == "auto":
-        resolved: Schedule = "power_cosine" if input_size <= 32 else "constant"
-        logging.getLogger(__name__).info("guidance schedule: %s (auto, latent side %d)", resolved, input_size)
-        return resolved
-    if schedule not in ("constant", "power_cosine"):
-        raise ValueError(f"unknown guidance schedule '{schedule}': choose auto, constant or power_cosine")
-    return schedule  # type: ignore[return-value]
-
-
-def guidance_weight(
-    t: Tensor, scale: float, schedule: Schedule, power: float = 4.0, num_timesteps: int = 1000
-) -> Tensor:
-    """w(t), float32 [B], for original timesteps t [B] in 0..T-1.
-
-    constant: s. power_cosine: 1 + (s - 1) (1 - cos(pi (1 - t/T)^power)) / 2, which rises from 1 at t = T to s at t = 0.
-    """
-    if schedule == "constant":
-        return torch.full(t.shape, scale, device=t.device)
-    remaining = 1 - t.float() / num_timesteps
-    return 1 + (scale - 1) * 0.5 * (1 - torch.cos(math.pi * remaining**power))
+        schedule = "power_cosine" if input_size <= 32 else "constant"
+        logging.getLogger(__name__).info("guidance schedule: %s (auto, latent side %d)", schedule, input_size)
+    choose("guidance schedule", GUIDANCE_SCHEDULES, schedule)
+    return schedule
 
 
 class ClassifierFreeGuidance:
@@ -73,20 +78,19 @@ class ClassifierFreeGuidance:
         labels: Tensor,
         null_label: int,
         scale: float,
-        schedule: Schedule = "power_cosine",
+        schedule: str = "power_cosine",
         power: float = 4.0,
         channels: int | None = 3,
         interval: tuple[int, int] | None = None,
         num_timesteps: int = 1000,
         skip_below: float = 0.0,
     ) -> None:
-        if schedule not in ("constant", "power_cosine"):
-            raise ValueError(f"unknown guidance schedule '{schedule}': choose constant or power_cosine")
+        self._weight = choose("guidance schedule", GUIDANCE_SCHEDULES, schedule)
         if channels is not None and channels < 1:
             raise ValueError(f"guidance channels must be at least 1 or all, not {channels}")
         self.model = model
         self.labels = torch.cat([labels, torch.full_like(labels, null_label)])  # [2B]
-        self.scale, self.schedule, self.power = scale, schedule, power
+        self.scale, self.power = scale, power
         self.channels = channels
         self.interval = interval
         self.num_timesteps = num_timesteps
@@ -94,13 +98,13 @@ class ClassifierFreeGuidance:
 
     def weight(self, t: Tensor) -> Tensor:
         """w(t), float32 [B]."""
-        w = guidance_weight(t, self.scale, self.schedule, self.power, self.num_timesteps)
+        w = self._weight(t, self.scale, self.power, self.num_timesteps)
         if self.interval is not None:
             first, last = self.interval
             w = torch.where((t >= first) & (t <= last), w, 1.0)
         return w
 
-    def at(self, timestep: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def at(self, timestep: float) -> Callable[[Tensor, Tensor], Tensor]:
         """The denoiser for a batch at one original timestep: without the null half where it would hardly count.
 
         A sampler knows its timesteps on the host; to ask the tensor t would wait for the device.
@@ -132,8 +136,8 @@ def guided_model(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, t) -> prediction for these labels, guided if the settings say so and there are classes to guide to.
 
-    The schedule of EDM is constant. There the raw prediction F is what is guided: the denoised image is an affine
-    function of it, so that guiding either is the same.
+    The raw prediction is what is guided. In EDM and flows the denoised image is an affine function of it, so that
+    guiding either is the same.
 
     Args:
         model: see `ClassifierFreeGuidance`, as for labels and null_label; a null_label of 0 means that there are no
@@ -143,16 +147,16 @@ def guided_model(
     """
     if not (null_label and guidance.enabled and guidance.scale != 1):
         return lambda x, t: model(x, t, labels)
-    gaussian = process if isinstance(process, DiffusionConfig) else None
+    only_one = len(process.guidance_schedules) == 1
     return ClassifierFreeGuidance(
         model,
         labels,
         null_label,
         guidance.scale,
-        resolve_schedule(guidance.schedule, input_size) if gaussian else "constant",
+        process.guidance_schedules[0] if only_one else resolve_schedule(guidance.schedule, input_size),
         guidance.power,
         None if guidance.channels == "all" else guidance.channels,
         guidance.interval,
-        gaussian.diffusion_steps if gaussian else 1000,
+        process.num_timesteps or 1000,
         guidance.skip_below,
     )

@@ -4,54 +4,34 @@
         ...
     state.x
 
-Letters: B batch, c channels.
+Here are those of the Gaussian process; EDM's and the flow's stand beside their processes. Letters: B batch, c channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffit.diffusion.config import SAMPLERS, EDMConfig, ProcessConfig, SamplingConfig, process_of
-from diffit.diffusion.edm import heun_sampler
-from diffit.diffusion.gaussian import GaussianDiffusion, Model, create_diffusion
-from diffit.diffusion.solvers import solver_sampler
-from diffit.diffusion.states import NoiseSource, Sampler, SamplerState, at_timestep
+from diffit.diffusion.config import SAMPLERS, DiffusionConfig, ProcessConfig, SamplingConfig, choose
+from diffit.diffusion.gaussian import GaussianDiffusion, Model, ReverseStep, create_diffusion
+
+NoiseSource = Callable[[], Tensor]
+# (model, z [B, c, h, w] standard normal, noise source) -> the states on the way, the last one the sample.
+Sampler = Callable[[Model, Tensor, NoiseSource], Iterator["SamplerState"]]
 
 
-def ddpm_sampler(diffusion: GaussianDiffusion, config: SamplingConfig) -> Sampler:
-    """Ancestral sampling, the published sampler."""
+@dataclass(frozen=True)
+class SamplerState:
+    """After `step` of `num_steps` steps: x and the x_start predicted on the way, both [B, c, h, w]."""
 
-    def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
-        x, num_steps = z, diffusion.num_timesteps
-        for done, (timestep, t) in enumerate(_steps_down(diffusion, z), start=1):
-            step = diffusion.p_mean_variance(at_timestep(model, timestep), x, t, config.clip_denoised)
-            x = diffusion.ancestral_step(step, t, noise())
-            yield SamplerState(done, num_steps, x, step.pred_xstart)
-
-    return Sampler(states, tuple(diffusion.timestep_map.tolist()))
-
-
-def ddim_sampler(diffusion: GaussianDiffusion, config: SamplingConfig) -> Sampler:
-    """DDIM; with eta 0 it draws no noise after the start."""
-
-    def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
-        x, num_steps = z, diffusion.num_timesteps
-        for done, (timestep, t) in enumerate(_steps_down(diffusion, z), start=1):
-            step = diffusion.p_mean_variance(at_timestep(model, timestep), x, t, config.clip_denoised)
-            x = diffusion.ddim_step(step, t, noise() if config.eta else torch.zeros_like(x), config.eta)
-            yield SamplerState(done, num_steps, x, step.pred_xstart)
-
-    return Sampler(states, tuple(diffusion.timestep_map.tolist()))
-
-
-def _steps_down(diffusion: GaussianDiffusion, z: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The steps T-1, ..., 0 of the process: the original timestep, and the step as [B]."""
-    for step in reversed(range(diffusion.num_timesteps)):
-        yield int(diffusion.timestep_map[step]), torch.full((z.shape[0],), step, device=z.device)
+    step: int
+    num_steps: int
+    x: Tensor
+    pred_xstart: Tensor
 
 
 def create_sampler(process: ProcessConfig, config: SamplingConfig) -> Sampler:
@@ -60,14 +40,111 @@ def create_sampler(process: ProcessConfig, config: SamplingConfig) -> Sampler:
     Raises:
         ValueError: if the sampler or its steps do not fit the process.
     """
-    known = SAMPLERS[process_of(process)]
-    if config.sampler not in known:
-        raise ValueError(f"unknown sampler '{config.sampler}' of this process: choose one of {', '.join(known)}")
-    if isinstance(process, EDMConfig):
-        return heun_sampler(process, config)
-    if config.sampler in ("dpm++", "unipc"):
-        return solver_sampler(create_diffusion(**asdict(process)), config)
+    return choose(f"sampler of the {process.name} process", SAMPLERS[process.name], config.sampler)(process, config)
+
+
+def model_at(model: Model, time: float) -> Model:
+    """What to call at a time that the host knows; to ask the tensor t would wait for the device.
+
+    A model may be cheaper at some times: guidance leaves its null half out where it hardly counts, which it says by a
+    method `at(time)`. Any other callable is called as it is.
+    """
+    at = getattr(model, "at", None)
+    return model if at is None else at(time)
+
+
+def ddpm_sampler(process: DiffusionConfig, config: SamplingConfig) -> Sampler:
+    """Ancestral sampling, the published sampler."""
+
+    def step_back(diffusion: GaussianDiffusion, step: ReverseStep, t: Tensor, noise: NoiseSource) -> Tensor:
+        return diffusion.ancestral_step(step, t, noise())
+
+    return _reverse_process(process, config, step_back)
+
+
+def ddim_sampler(process: DiffusionConfig, config: SamplingConfig) -> Sampler:
+    """DDIM; with eta 0 it draws no noise after the start."""
+
+    def step_back(diffusion: GaussianDiffusion, step: ReverseStep, t: Tensor, noise: NoiseSource) -> Tensor:
+        return diffusion.ddim_step(step, t, noise() if config.eta else torch.zeros_like(step.mean), config.eta)
+
+    return _reverse_process(process, config, step_back)
+
+
+def _reverse_process(process: DiffusionConfig, config: SamplingConfig, step_back: Callable[..., Tensor]) -> Sampler:
+    """Walk the respaced process from T-1 down to 0, one call of the model a step."""
     if not 0 <= config.eta <= 1:
         raise ValueError(f"eta must lie between 0 and 1, not {config.eta}")
-    diffusion = create_diffusion(timestep_respacing=config.num_sampling_steps, **asdict(process))
-    return ddpm_sampler(diffusion, config) if config.sampler == "ddpm" else ddim_sampler(diffusion, config)
+    diffusion = create_diffusion(config.num_sampling_steps, **asdict(process))
+    num_steps = diffusion.num_timesteps
+
+    def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
+        x = z
+        for index in reversed(range(num_steps)):
+            t = torch.full((z.shape[0],), index, device=z.device)  # [B]
+            at_t = model_at(model, int(diffusion.timestep_map[index]))
+            step = diffusion.p_mean_variance(at_t, x, t, config.clip_denoised)
+            x = step_back(diffusion, step, t, noise)
+            yield SamplerState(num_steps - index, num_steps, x, step.pred_xstart)
+
+    return states
+
+
+def dpm_solver_sampler(process: DiffusionConfig, config: SamplingConfig) -> Sampler:
+    """DPM-Solver++ of second order (20-50 steps), through the scheduler of diffusers."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    settings = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": False}
+    return _ode_solver(process, config, lambda **common: DPMSolverMultistepScheduler(**common, **settings))
+
+
+def unipc_sampler(process: DiffusionConfig, config: SamplingConfig) -> Sampler:
+    """UniPC of second order (20-50 steps), through the scheduler of diffusers."""
+    from diffusers import UniPCMultistepScheduler
+
+    return _ode_solver(process, config, UniPCMultistepScheduler)
+
+
+def _ode_solver(process: DiffusionConfig, config: SamplingConfig, create: Callable[..., Any]) -> Sampler:
+    """A multistep solver over the unrespaced process. A learned variance has no part in an ODE.
+
+    Raises:
+        ValueError: if the number of steps is not an integer between 1 and T.
+    """
+    diffusion = create_diffusion(**asdict(process))
+    num_steps = integer_steps(config, diffusion.num_timesteps)
+
+    def scheduler() -> Any:
+        """A new one, which has seen no sample; its timesteps stay on the host, where the loop needs them."""
+        fresh = create(
+            num_train_timesteps=diffusion.num_timesteps,
+            trained_betas=diffusion.betas,
+            solver_order=2,
+            prediction_type="epsilon",
+        )
+        fresh.set_timesteps(num_steps)
+        return fresh
+
+    def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
+        solver, x = scheduler(), z
+        for done, timestep in enumerate(solver.timesteps.tolist(), start=1):
+            t = torch.full((z.shape[0],), timestep, device=z.device)  # [B]
+            eps = model_at(model, timestep)(x, t).float()[:, : z.shape[1]]
+            pred_xstart = diffusion.predict_xstart(x, t, eps)
+            x = solver.step(eps, timestep, x).prev_sample
+            yield SamplerState(done, num_steps, x, pred_xstart)
+
+    return states
+
+
+def integer_steps(config: SamplingConfig, most: int | None = None) -> int:
+    """The number of steps of a sampler that takes no respacing.
+
+    Raises:
+        ValueError: if it is not an integer above 0, or above `most`.
+    """
+    text = str(config.num_sampling_steps)
+    if not text.isdigit() or int(text) < 1 or (most is not None and int(text) > most):
+        limits = f" between 1 and {most}" if most is not None else " above 0"
+        raise ValueError(f"{config.sampler} takes a number of steps{limits}, not '{text}'")
+    return int(text)

@@ -5,33 +5,39 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from diffit.diffusion.config import NOISE_SCHEDULES, choose
+
 FloatArray = NDArray[np.float64]
 
 
-def named_betas(schedule: str, num_timesteps: int) -> FloatArray:
-    """Betas of the forward process, float64 [T].
+def linear_betas(num_timesteps: int) -> FloatArray:
+    """Betas from 1e-4 to 0.02 at T = 1000, scaled by 1000/T otherwise (Ho et al. 2020): float64 [T]."""
+    scale = 1000 / num_timesteps
+    return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
 
-    linear: from 1e-4 to 0.02 at T = 1000, scaled by 1000/T otherwise (Ho et al. 2020);
-    squaredcos_cap_v2: from alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi/2), capped at 0.999 (Nichol & Dhariwal 2021).
+
+def cosine_betas(num_timesteps: int) -> FloatArray:
+    """Betas of alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi/2), capped at 0.999: float64 [T].
+
+    From Nichol & Dhariwal 2021, Eq. 17.
+    """
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    steps = range(num_timesteps)
+    return np.array([min(1 - alpha_bar((i + 1) / num_timesteps) / alpha_bar(i / num_timesteps), 0.999) for i in steps])
+
+
+def named_betas(schedule: str, num_timesteps: int) -> FloatArray:
+    """Betas of a forward process by the name of their schedule, float64 [T].
 
     Raises:
         ValueError: if the schedule is unknown or T is not positive.
     """
     if num_timesteps < 1:
         raise ValueError(f"diffusion_steps must be at least 1, not {num_timesteps}")
-    if schedule == "linear":
-        scale = 1000 / num_timesteps
-        return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
-    if schedule == "squaredcos_cap_v2":
-
-        def alpha_bar(u: float) -> float:
-            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        steps = range(num_timesteps)
-        return np.array(
-            [min(1 - alpha_bar((i + 1) / num_timesteps) / alpha_bar(i / num_timesteps), 0.999) for i in steps]
-        )
-    raise ValueError(f"unknown noise schedule '{schedule}': choose linear or squaredcos_cap_v2")
+    return choose("noise schedule", NOISE_SCHEDULES, schedule)(num_timesteps)
 
 
 def space_timesteps(num_timesteps: int, timestep_respacing: str | int) -> list[int]:

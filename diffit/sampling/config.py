@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 
 from diffit.checkpoint import CheckpointConfig, Source
-from diffit.codec import CodecConfig
 from diffit.device import Device, Precision
-from diffit.diffusion.config import (
-    DiffusionConfig,
-    EDMConfig,
-    GuidanceConfig,
-    Process,
-    ProcessConfig,
-    SamplingConfig,
-)
+from diffit.diffusion.config import ProcessSettings
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(ProcessSettings):
     """What sample.py does.
 
     Args:
@@ -61,15 +53,6 @@ class SampleConfig:
     save_png: bool = False
     overwrite: bool = False
     dry_run: bool = False
-    process: Process = "gaussian"
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    edm: EDMConfig = field(default_factory=EDMConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-
-    @property
-    def process_config(self) -> ProcessConfig:
-        return self.edm if self.process == "edm" else self.diffusion
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,10 @@ class SampleTask:
     checkpoint: CheckpointConfig
 
     @property
-    def vae(self) -> CodecConfig:
-        """The checkpoint's codec, or the one that --vae names."""
+    def resolved(self) -> CheckpointConfig:
+        """The checkpoint's config with what the command line changed in it."""
+        nodes = {node.name: getattr(self.config, node.name) for node in fields(ProcessSettings)}
         codec = self.checkpoint.codec
-        return CodecConfig(self.config.vae, codec.factor) if self.config.vae else codec
+        if self.config.vae:
+            codec = replace(codec, vae=self.config.vae)
+        return replace(self.checkpoint, codec=codec, **nodes)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from diffit.checkpoint import CheckpointConfig
 from diffit.codec import CodecConfig
 from diffit.data.config import DataConfig
 from diffit.device import Device, Precision
-from diffit.diffusion.config import (
-    DiffusionConfig,
-    EDMConfig,
-    GuidanceConfig,
-    Process,
-    ProcessConfig,
-    SamplingConfig,
-)
+from diffit.diffusion.config import ProcessSettings
 from diffit.models.config import DiffiTConfig, model_config
 
 
@@ -61,7 +54,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ProcessSettings):
     """What train.py does.
 
     Args:
@@ -92,8 +85,8 @@ class TrainConfig:
         sampling: what the checkpoint recommends to sample.py.
         guidance: what the checkpoint recommends to sample.py.
         codec: the VAE, or pixels.
-        process: the denoising process: gaussian (latent models) or edm (models of pixels); its settings are in the node
-            diffusion or edm.
+        process: the diffusion process: gaussian (latent models), edm (models of pixels) or flow (both); its settings
+            are in the node diffusion, edm or flow.
         dry_run: print the resolved config, the size of the network and the cost of the run, and stop.
     """
 
@@ -122,11 +115,6 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    process: Process = "gaussian"
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    edm: EDMConfig = field(default_factory=EDMConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     dry_run: bool = False
 
     def checkpoint_config(self, class_names: tuple[str, ...], made_by: str) -> CheckpointConfig:
@@ -135,18 +123,14 @@ class TrainConfig:
         if network.num_classes and "num_classes" not in self.network:  # an unconditional size stays so
             network = replace(network, num_classes=len(class_names))
         if isinstance(network, DiffiTConfig):
-            network = replace(network, learn_sigma=self.diffusion.learn_sigma)
+            network = replace(network, learn_sigma=self.process_config.learn_sigma)
         return CheckpointConfig(
             model=self.model,
             network=network,
-            process=self.process,
-            diffusion=self.diffusion,
-            edm=self.edm,
-            sampling=self.sampling,
-            guidance=self.guidance,
             codec=self.codec,
             class_names=class_names if network.num_classes else (),
             made_by=made_by,
+            **{node.name: getattr(self, node.name) for node in fields(ProcessSettings)},
         )
 
     @property
@@ -154,10 +138,6 @@ class TrainConfig:
         """The decays of the averages, or their half-lives if these are set; the one to sample from first."""
         given = self.ema_decay if self.ema_half_life is None else self.ema_half_life
         return given if isinstance(given, list) else [given]
-
-    @property
-    def process_config(self) -> ProcessConfig:
-        return self.edm if self.process == "edm" else self.diffusion
 
 
 @dataclass(frozen=True)

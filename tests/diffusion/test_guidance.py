@@ -5,13 +5,11 @@ import torch
 
 from diffit.diffusion import (
     ClassifierFreeGuidance,
-    create_diffusion,
     create_sampler,
     guidance_weight,
     resolve_schedule,
 )
-from diffit.diffusion.config import DiffusionConfig, GuidanceConfig, SamplingConfig, check_process
-from diffit.diffusion.samplers import ddim_sampler
+from diffit.diffusion.config import DiffusionConfig, EDMConfig, GuidanceConfig, SamplingConfig, check_process
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
 
 
@@ -32,7 +30,8 @@ def test_guided_trajectory(golden_latent, name, schedule):
     model = golden_network(golden_latent, name)
     z, labels, sample = golden_tensors(golden_latent, name, "ddim10_z", "ddim10_y", "ddim10_cfg4.4_sample")
     guided = ClassifierFreeGuidance(model, labels, model.num_classes, 4.4, schedule)
-    states = list(ddim_sampler(create_diffusion("10"), SamplingConfig())(guided, z, lambda: z))
+    sampler = create_sampler(DiffusionConfig(), SamplingConfig("ddim", "10"))
+    states = list(sampler(guided, z, lambda: z))
     assert [state.step for state in states] == list(range(1, 11))
     assert relative_error(states[-1].x, sample) < 1e-5
 
@@ -107,9 +106,9 @@ def test_what_is_skipped_is_bounded():
     difference = (linear_model(x, t, labels) - linear_model(x, t, torch.full((2,), 9))).abs().max()
     assert (cfg.labelled(x, t) - cfg(x, t)).abs().max() <= 1e-3 * difference + 1e-5
     with pytest.raises(ValueError, match="skip_below must not be negative"):
-        check_process("gaussian", SamplingConfig(), GuidanceConfig(skip_below=-1.0))
+        check_process(DiffusionConfig(), SamplingConfig(), GuidanceConfig(skip_below=-1.0))
     with pytest.raises(ValueError, match="edm process has no timesteps"):
-        check_process("edm", SamplingConfig("heun"), GuidanceConfig(skip_below=1e-3))
+        check_process(EDMConfig(), SamplingConfig("heun"), GuidanceConfig(skip_below=1e-3))
 
 
 def test_auto_schedule():

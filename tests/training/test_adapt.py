@@ -88,7 +88,9 @@ def test_a_run_starts_from_another_resolution_and_says_so(flags, tmp_path, capsy
     network = first.description.network
     changed = type(network)(**(vars(network) | {"num_classes": 4, "window_size": 4}))
     torch.manual_seed(5)
-    save_checkpoint(path, build_model(changed).state_dict(), CheckpointConfig("ImageDiffit-Tiny", changed, "edm"))
+    save_checkpoint(
+        path, build_model(changed).state_dict(), CheckpointConfig("ImageDiffit-Tiny", changed, process="edm")
+    )
     second = training(flags, tmp_path / "second", "--init_from", str(path))
     out = capsys.readouterr().out
     assert "made anew for 10 classes instead of 4" in out
