@@ -1,6 +1,6 @@
 """The settings of diffusion, each a frozen dataclass, and the choices by name.
 
-Every choice (process, sampler, noise schedule, loss weighting, guidance schedule) is listed here once, and the
+Every choice (process, sampler, noise schedule, distribution of times, guidance schedule) is listed here once, and the
 command-line parser reads it from here. A value "module:function" is imported when it is used, so that --help needs no
 tensor library.
 """
@@ -17,10 +17,6 @@ _HERE = "diffit.diffusion"
 NOISE_SCHEDULES = {
     "linear": f"{_HERE}.schedule:linear_betas",
     "squaredcos_cap_v2": f"{_HERE}.schedule:cosine_betas",
-}
-LOSS_WEIGHTINGS = {
-    "uniform": f"{_HERE}.losses:uniform_weighting",
-    "min_snr": f"{_HERE}.losses:min_snr_weighting",
 }
 TIME_DISTRIBUTIONS = {
     "uniform": f"{_HERE}.flow:uniform_times",
@@ -43,12 +39,11 @@ SAMPLERS = {
 }
 
 if TYPE_CHECKING:  # a type checker takes no computed Literal
-    ProcessName = SamplerName = NoiseSchedule = LossWeighting = TimeDistribution = GuidanceSchedule = str
+    ProcessName = SamplerName = NoiseSchedule = TimeDistribution = GuidanceSchedule = str
 else:
     ProcessName = Literal[tuple(SAMPLERS)]
     SamplerName = Literal[tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))]
     NoiseSchedule = Literal[tuple(NOISE_SCHEDULES)]
-    LossWeighting = Literal[tuple(LOSS_WEIGHTINGS)]
     TimeDistribution = Literal[tuple(TIME_DISTRIBUTIONS)]
     GuidanceSchedule = Literal[("auto", *GUIDANCE_SCHEDULES)]
 
@@ -72,14 +67,11 @@ class DiffusionConfig:
         noise_schedule: betas of the forward process.
         diffusion_steps: T, the number of steps of the forward process.
         learn_sigma: the network also predicts the variance.
-        loss_weighting: of the squared error over timesteps: uniform is ADM's, min_snr caps the signal-to-noise ratio at
-            5 (Hang et al. 2023). The bound that trains the variance is not weighted.
     """
 
     noise_schedule: NoiseSchedule = "linear"
     diffusion_steps: int = 1000
     learn_sigma: bool = True
-    loss_weighting: LossWeighting = "uniform"
 
     name: ClassVar = "gaussian"
     implementation: ClassVar = f"{_HERE}.gaussian:create_process"

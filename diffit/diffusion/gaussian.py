@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffit.diffusion.config import LOSS_WEIGHTINGS, DiffusionConfig, choose
+from diffit.diffusion.config import DiffusionConfig
 from diffit.diffusion.losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from diffit.diffusion.schedule import FloatArray, named_betas, respaced_betas, space_timesteps
 
@@ -34,7 +34,7 @@ class ReverseStep:
 class TrainingLosses:
     """Per-sample losses [B]: `loss`, which is minimised, and its parts.
 
-    `mse` is the (weighted) squared error; `vb`, in bits/dim, is zero where no variance is learned.
+    `mse` is the (in EDM weighted) squared error; `vb`, in bits/dim, is zero where no variance is learned.
     """
 
     loss: Tensor
@@ -50,20 +50,9 @@ class GaussianDiffusion:
         timestep_map: the original timestep that the network sees at each step, int64 [T]; 0..T-1 by default.
         learn_sigma: the model's second half of channels interpolates the log variance (Nichol & Dhariwal 2021);
             otherwise the variance is fixed at beta_t.
-        loss_weighting: of the squared error in training, by name.
-
-    Raises:
-        ValueError: if the weighting is unknown.
     """
 
-    def __init__(
-        self,
-        betas: FloatArray,
-        timestep_map: list[int] | None = None,
-        learn_sigma: bool = True,
-        loss_weighting: str = "uniform",
-    ) -> None:
-        self._weighting = choose("loss weighting", LOSS_WEIGHTINGS, loss_weighting)
+    def __init__(self, betas: FloatArray, timestep_map: list[int] | None = None, learn_sigma: bool = True) -> None:
         self.betas = np.asarray(betas, dtype=np.float64)
         self.num_timesteps = len(self.betas)
         self.timestep_map = np.arange(self.num_timesteps) if timestep_map is None else np.array(timestep_map)
@@ -172,8 +161,7 @@ class GaussianDiffusion:
         """
         x_t = self.q_sample(x_start, t, noise)
         output = model(x_t, self._at("timestep_map", t).flatten()).float()
-        weight = self._weighting(self._at("alphas_cumprod", t).flatten())  # [B]
-        mse = weight * mean_flat((noise - output[:, : x_start.shape[1]]) ** 2)
+        mse = mean_flat((noise - output[:, : x_start.shape[1]]) ** 2)
         if not self.learn_sigma:
             self._split(output, x_t, t)  # refuses a model whose channels do not fit
             return TrainingLosses(mse, mse, torch.zeros_like(mse))
@@ -196,16 +184,15 @@ def create_diffusion(
     noise_schedule: str = "linear",
     learn_sigma: bool = True,
     diffusion_steps: int = 1000,
-    loss_weighting: str = "uniform",
 ) -> GaussianDiffusion:
     """The process of `diffusion_steps` steps, or the part of it that `timestep_respacing` keeps.
 
     Raises:
-        ValueError: see `space_timesteps`, `named_betas` and `GaussianDiffusion`.
+        ValueError: see `space_timesteps` and `named_betas`.
     """
     betas = named_betas(noise_schedule, diffusion_steps)
     kept = space_timesteps(diffusion_steps, timestep_respacing)
-    return GaussianDiffusion(respaced_betas(betas, kept), kept, learn_sigma, loss_weighting)
+    return GaussianDiffusion(respaced_betas(betas, kept), kept, learn_sigma)
 
 
 def create_process(config: DiffusionConfig) -> GaussianDiffusion:

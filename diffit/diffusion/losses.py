@@ -1,4 +1,4 @@
-"""The variational bound in nats (as in Nichol & Dhariwal 2021), and weightings of the squared error by timestep."""
+"""The two terms of the variational bound, in nats (as in Nichol & Dhariwal 2021)."""
 
 import math
 
@@ -34,14 +34,3 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     lower = approx_standard_normal_cdf(inverse_scale * (centred - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
-
-
-def uniform_weighting(alpha_bar: Tensor) -> Tensor:
-    """1 for every timestep, as Ho et al. (2020) and ADM have it. alpha_bar: [B]. Returns [B]."""
-    return torch.ones_like(alpha_bar)
-
-
-def min_snr_weighting(alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) / SNR for the error of the noise (Hang et al. 2023, section 3.4). alpha_bar: [B]. Returns [B]."""
-    snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=gamma) / snr

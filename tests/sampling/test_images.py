@@ -1,0 +1,93 @@
+"""sample_images draws what sample.py draws, for the latent and the image-space model, and says what does not fit."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffit import load_model, sample_images
+from diffit.cli.sample import parse_sample
+from diffit.sampling.generate import generate
+from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    latent = save_small_checkpoint(folder, save_small_vae(folder / "vae"))
+    return {"latent": latent, "image": save_small_image_checkpoint(folder, num_classes=3)}
+
+
+def sampled(path, folder, flags):
+    """Images and labels that sample.py writes."""
+    task = parse_sample(f"--model_path {path} --device cpu --log_dir {folder} {flags}".split())
+    with np.load(generate(task)) as file:
+        return file["arr_0"], file["arr_1"]
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ("--num_samples 5 --batch_size 2", {"num_samples": 5, "batch_size": 2}),
+        ("--num_samples 3 --seed 4 --cfg_scale 3", {"num_samples": 3, "seed": 4, "cfg_scale": 3.0}),
+        (
+            "--num_samples 3 --class_labels dog 2 --num_sampling_steps 2",
+            {"num_samples": 3, "class_labels": ["dog", 2], "num_sampling_steps": 2},
+        ),
+    ],
+)
+def test_samples_are_those_of_the_script(checkpoints, tmp_path, kind, flags, settings):
+    images, labels = sampled(checkpoints[kind], tmp_path, flags)
+    ours, our_labels = sample_images(*load_model(checkpoints[kind]), **settings)
+    np.testing.assert_array_equal(ours, images)
+    np.testing.assert_array_equal(our_labels, labels)
+    assert (ours.dtype, our_labels.dtype) == (np.uint8, np.int64)
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("latent", "ddim"), ("image", "heun")])
+def test_the_sampler_can_be_named(checkpoints, tmp_path, kind, sampler):
+    images, _ = sampled(checkpoints[kind], tmp_path, f"--num_samples 2 --sampler {sampler} --num_sampling_steps 3")
+    ours, _ = sample_images(*load_model(checkpoints[kind]), 2, sampler=sampler, num_sampling_steps=3)
+    np.testing.assert_array_equal(ours, images)
+
+
+def test_the_callback_sees_every_state(checkpoints):
+    """The last state of each batch is what the images are decoded from; the model's own states, not copies."""
+    model, config = load_model(checkpoints["image"])
+    seen = []
+    images, _ = sample_images(
+        model, config, 3, batch_size=2, callback=lambda step, steps, x: seen.append((step, steps, x.clone()))
+    )
+    assert [(step, steps) for step, steps, _ in seen] == 2 * [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [len(x) for _, _, x in seen] == [2] * 4 + [1] * 4
+    last = torch.cat([seen[3][2], seen[7][2]]).permute(0, 2, 3, 1)
+    np.testing.assert_array_equal(images, ((last + 1) * 127.5).clamp(0, 255).to(torch.uint8).numpy())
+
+
+def test_one_class_may_stand_alone(checkpoints):
+    model, config = load_model(checkpoints["latent"])
+    assert sample_images(model, config, 2, class_labels="Night owl")[1].tolist() == [2, 2]
+    assert sample_images(model, config, 2, class_labels=1)[1].tolist() == [1, 1]
+
+
+def test_a_model_without_classes(tmp_path):
+    model, config = load_model(save_small_image_checkpoint(tmp_path, num_classes=0))
+    images, labels = sample_images(model, config, 2)
+    assert images.shape == (2, 32, 32, 3)
+    assert labels.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="knows no classes"):
+        sample_images(model, config, 2, class_labels=[1])
+
+
+def test_refusals(checkpoints):
+    model, config = load_model(checkpoints["latent"])
+    for settings, words in (
+        ({"sampler": "heun"}, "the heun sampler does not fit the gaussian process: choose ddpm or"),
+        ({"class_labels": ["horse"]}, "there is no class 'horse'"),
+        ({"num_samples": 0}, "must be at least 1"),
+        ({"num_sampling_steps": 5000}, "cannot take 5000 steps"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample_images(model, config, **settings)
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        sample_images(model.train(), config)
