@@ -19,18 +19,11 @@ from diffit.data.augment import augment, draw_augmentation
 from diffit.data.order import Plan
 from diffit.data.streams import Stream
 from diffit.device import to_device
-from diffit.diffusion.config import EDMConfig, ProcessConfig
+from diffit.diffusion import Process
 from diffit.diffusion.noise import keyed_generator
 
 # Streams beside those of sampling and order; each process has its own for dropout, from that number on.
 _DRAWS, _DROPOUT = 17, 18
-
-
-def draw_times(process: ProcessConfig, generator: np.random.Generator, count: int) -> NDArray[Any]:
-    """What chooses the noise level of every image, as training_losses takes it: timesteps, or EDM's normals; [B]."""
-    if isinstance(process, EDMConfig):
-        return generator.standard_normal(count, np.float32)
-    return generator.integers(process.diffusion_steps, size=count)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -111,13 +104,13 @@ class Batches:
     clean: Clean
     labels: Tensor
     plan: Plan
-    process: ProcessConfig
+    process: Process
     label_dropout: float
 
     def __getitem__(self, step: int) -> Batch:
         size = self.plan.batch_size
         generator = keyed_generator(self.plan.seed, step, _DRAWS)
-        t = self._mine(draw_times(self.process, generator, size))
+        t = self._mine(self.process.draw_t(generator, size))
         drop = self._mine(generator.random(size) < self.label_dropout)
         x_start, told = self.clean.draw(step, generator)
         noise = self._mine(generator.standard_normal((size, *self.clean.shape), np.float32))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 _HERE = "diffit.diffusion"
 
@@ -39,7 +39,11 @@ SAMPLERS = {
 }
 
 if TYPE_CHECKING:  # a type checker takes no computed Literal
-    ProcessName = SamplerName = NoiseSchedule = TimeDistribution = GuidanceSchedule = str
+    ProcessName: TypeAlias = str
+    SamplerName: TypeAlias = str
+    NoiseSchedule: TypeAlias = str
+    TimeDistribution: TypeAlias = str
+    GuidanceSchedule: TypeAlias = str
 else:
     ProcessName = Literal[tuple(SAMPLERS)]
     SamplerName = Literal[tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from diffit.sampling.folder import save_grid
@@ -17,12 +16,12 @@ _IMAGES = 16
 def save_preview(sampler: TrainingSampler, model: nn.Module, path: Path | None) -> None:
     """Sample from a network in eval mode; the picture goes to `path`, or nowhere (a rank that only takes part)."""
     num_classes, names = sampler.checkpoint.network.num_classes, sampler.checkpoint.class_names
-    labels = torch.arange(_IMAGES, device=sampler.device) % max(num_classes, 1)  # [B]
-    images = sampler.draw(model, range(_IMAGES), labels)
+    labels = [number % max(num_classes, 1) for number in range(_IMAGES)]
+    images = sampler.draw(model, range(_IMAGES), labels if num_classes else ())
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    titles = [names[label] if names else str(number) for number, label in enumerate(labels.tolist())]
+    titles = [names[label] if names else str(number) for number, label in enumerate(labels)]
     save_grid(path, images.cpu().numpy(), titles)
 
 

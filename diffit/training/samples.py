@@ -1,7 +1,4 @@
-"""Samples of a network in training, as sample.py would draw them with the settings that its checkpoint recommends.
-
-Letters: B images, c channels and h = w side of what the network sees, H x W x C of an image.
-"""
+"""Samples of a network in training: those that sample.py draws with the settings that its checkpoint recommends."""
 
 from __future__ import annotations
 
@@ -13,9 +10,8 @@ from torch import Tensor, nn
 from diffit.checkpoint import CheckpointConfig
 from diffit.codec import create_codec
 from diffit.device import Precision, autocast
-from diffit.diffusion import SampleNoise, create_sampler, guided_model
-
-_SEED = 0
+from diffit.diffusion import create_sampler
+from diffit.sampling.images import batch_labels, sample_batch
 
 
 class TrainingSampler:
@@ -28,23 +24,14 @@ class TrainingSampler:
 
     def __init__(self, checkpoint: CheckpointConfig, device: torch.device, precision: Precision) -> None:
         self.checkpoint, self.device, self.precision = checkpoint, device, precision
-        self.process = checkpoint.edm if checkpoint.process == "edm" else checkpoint.diffusion
-        self.sampler = create_sampler(self.process, checkpoint.sampling)
+        self.sampler = create_sampler(checkpoint.process_config, checkpoint.sampling)
         self.codec = create_codec(checkpoint.codec, device)
 
-    @torch.inference_mode()
-    def draw(self, model: nn.Module, indices: Sequence[int], labels: Tensor | None = None) -> Tensor:
-        """Samples of these numbers from a network in eval mode; labels: int64 [B], drawn at random by default.
+    def draw(self, model: nn.Module, indices: Sequence[int], wanted: Sequence[int] = ()) -> Tensor:
+        """Samples of these numbers from a network in eval mode: uint8 [B, H, W, C], on the device.
 
-        Returns uint8 [B, H, W, C], on the device.
+        wanted: classes, repeated in turn; drawn at random by default.
         """
-        network = self.checkpoint.network
-        shape = (network.in_channels, network.input_size, network.input_size)
-        noise = SampleNoise(_SEED, indices, shape, self.device)
-        if labels is None:
-            labels = noise.labels(max(network.num_classes, 1))
-        call = autocast(model, self.device, self.precision)
-        denoiser = guided_model(call, labels, network.num_classes, self.checkpoint.guidance, self.process, shape[-1])
-        for state in self.sampler(denoiser, noise.start(), noise):
-            x = state.x  # [B, c, h, w]
-        return self.codec.decode(x.float())
+        labels = batch_labels(self.checkpoint, indices, 0, wanted, self.device)
+        network = autocast(model, self.device, self.precision)
+        return sample_batch(network, self.checkpoint, self.sampler, self.codec, indices, labels)

@@ -14,6 +14,7 @@ from diffit.data.batches import Batches
 from diffit.data.datasets import fitting_labels
 from diffit.data.order import Plan
 from diffit.data.prepare import TrainingData, prepare_data
+from diffit.diffusion import create_process
 from diffit.distributed import World
 from diffit.models.config import NetworkConfig, build_model, model_config
 from diffit.training.adapt import adapt_state
@@ -45,7 +46,7 @@ def create_batches(
             f"{'x'.join(map(str, expected))}: set --network or --codec to fit"
         )
     labels = torch.from_numpy(fitting_labels(data.labels, network.num_classes)).to(device)
-    return Batches(clean, labels, plan, config.process_config, network.class_dropout_prob)
+    return Batches(clean, labels, plan, create_process(config.process_config), network.class_dropout_prob)
 
 
 def share(config: TrainConfig, world: World) -> slice:

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffit.data.batches import Batch, dropout_seed
-from diffit.diffusion import EDM, GaussianDiffusion, create_diffusion
-from diffit.diffusion.config import EDMConfig, ProcessConfig
+from diffit.diffusion import create_process
 from diffit.distributed import World
 from diffit.training.config import TrainConfig
 from diffit.training.ema import EMA
@@ -131,13 +130,6 @@ class Stepper:
         if fused or not wrong:  # only what is not fused reads the flag, and waits
             self.optimizer.step()
         self.scaler.update()
-
-
-def create_process(config: ProcessConfig) -> GaussianDiffusion | EDM:
-    """The process that a config describes, for its training_losses."""
-    if isinstance(config, EDMConfig):
-        return EDM(config)
-    return create_diffusion("", config.noise_schedule, config.learn_sigma, config.diffusion_steps)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
