@@ -49,7 +49,7 @@ else:
     SamplerName = Literal[tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))]
     NoiseSchedule = Literal[tuple(NOISE_SCHEDULES)]
     TimeDistribution = Literal[tuple(TIME_DISTRIBUTIONS)]
-    GuidanceSchedule = Literal[("auto", *GUIDANCE_SCHEDULES)]
+    GuidanceSchedule = Literal[tuple(["auto"] + list(GUIDANCE_SCHEDULES))]  # noqa: RUF005 (Python 3.10 has no star here)
 
 
 def choose(what: str, choices: Mapping[str, str], name: str) -> Any:

@@ -23,6 +23,7 @@ class DiffiTConfig:
     class_dropout_prob: float = 0.1
     num_classes: int = 1000
     learn_sigma: bool = True
+    conditioning: str = "tmsa"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ImageDiffiTConfig:
     dropout: float = 0.0
     class_dropout_prob: float = 0.1
     num_classes: int = 0
+    conditioning: str = "tmsa"
 
 
 NetworkConfig = DiffiTConfig | ImageDiffiTConfig

@@ -1,78 +1,181 @@
-"""A network made ready for sampling: the same `forward`, with cheaper parts in it.
+"""All of `--fast True`: a network made ready for sampling, with the same `forward` and cheaper parts in it.
 
-- Time and label meet the tokens through x_t W_t alone, and x_t is the sum of their embeddings. So W_t, of all blocks,
-  is applied to the embeddings beforehand: the two embedders become tables of finished projections, whose sum travels
-  through `forward` in place of the conditioning token, and every block takes its share of it.
-- The relative position bias is spread once.
-- In 16 bits, weights are kept so, not cast at every call. Residuals and norms stay in float32, the tables too, and so
-  do the first layer and, in image space, the last.
+- In 16 bits the blocks' weights are kept so, not cast at every call. Residuals, norms and softmax's sums stay in
+  float32, and so do the embedders, the first layer and, in image space, the last.
+- On a CPU a layer is one call of oneDNN, GELU included, with weights in its own layout.
+- The relative position bias is spread once. What all keys share is left out, for softmax does not see it.
+- On CUDA the network is compiled to CUDA graphs.
 
-Letters: B batch, E channels of the conditioning token, S times that sampling visits, K classes and the null class,
-P = sum of 3C over all blocks.
+Letters: B batch, W windows per image, w side of a window, N = w*w tokens of a window, C channels, E channels of the
+conditioning token, H heads, D = C/H.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffit.models.image import ImageDiffiT
+from diffit.device import Precision, product_dtype
+from diffit.models.image import DiffiTResBlock, ImageDiffiT, Stage
 from diffit.models.latent import DiffiT
+from diffit.nn.attention import TMSA, Attention, fused_attention, matmul_attention, relative_position_bias
 from diffit.nn.block import DiffiTBlock
-from diffit.nn.fast import FastBlock, FastLinear, Kernel, choose_kernel, without_keys
 
-_SAME_TIME = 1e-4  # times of samplers, timesteps or ln(sigma)/4, are further apart
-Network = TypeVar("Network", DiffiT, ImageDiffiT)
+# Up to so many tokens a CPU is faster, in 16 bits, with the products themselves than with its fused attention.
+_FEW_TOKENS = 64
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm processors that multiply bf16
 
 
-class TimeTable(nn.Module):
-    """What stands in for the time embedder: projections by time. times: [S]; table: [S, P]."""
+def fast_precision(device: torch.device) -> Precision:
+    """The 16 bits that the device computes with at full speed, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and _processor_flags() & _BF16_FLAGS:
+        return "bf16"
+    return "fp32"
 
-    times: Tensor
-    table: Tensor
 
-    def __init__(self, times: Tensor, table: Tensor) -> None:
+def _processor_flags() -> set[str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), set())
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether compilation can be had and pays for itself: on CUDA; on a CPU it takes longer than most runs."""
+    if device.type != "cuda":
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()  # not on Windows or old GPUs
+
+
+def fast_network(model: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
+    """The network as sampling calls it, prepared in place and, on CUDA, compiled to CUDA graphs: one a shape.
+
+    Args:
+        model: a DiffiT or ImageDiffiT in eval mode, on the device.
+        precision: of its blocks.
+
+    Raises:
+        ValueError: see `prepare_for_sampling`.
+    """
+    prepared = prepare_for_sampling(model, product_dtype(precision))
+    if not compiles(device):
+        return prepared
+    return torch.compile(prepared, mode="reduce-overhead", dynamic=False)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def prepare_for_sampling(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Replace a network's blocks by cheaper ones, in place; it can no longer be trained or saved.
+
+    In float32 it predicts the same as before, but for rounding.
+
+    Args:
+        model: a DiffiT or ImageDiffiT in eval mode, on its device.
+        dtype: of the blocks, and of the latent model's head.
+
+    Raises:
+        ValueError: if the network, or a block of it, is of a kind that this file does not know; it is left as it was.
+    """
+    _refuse_unknown_kinds(model)
+    if isinstance(model, ImageDiffiT):  # as windows leave their images; before there are biases of four dimensions
+        model.to(memory_format=torch.channels_last)
+    _replace(model, DiffiTBlock, lambda block: FastBlock(block, dtype))
+    if isinstance(model, DiffiT):
+        _replace(model.final_layer, nn.Linear, lambda layer: FastLinear(layer, dtype))
+    else:
+        for trunk in (model.encoder, model.downs, model.ups, model.decoder):
+            _replace(trunk, nn.Conv2d, lambda conv: FastConv(conv, dtype))
+    return model
+
+
+def _refuse_unknown_kinds(model: nn.Module) -> None:
+    """A subclass may compute something else: it is never replaced by what its parent computes."""
+    blocks = [module for module in model.modules() if isinstance(module, DiffiTBlock)]
+    attentions = [block.attn for block in blocks]
+    if type(model) not in (DiffiT, ImageDiffiT):
+        unknown: nn.Module | None = model
+    elif isinstance(model, DiffiT):
+        unknown = next((block for block in model.blocks if type(block) is not DiffiTBlock), None)
+    else:
+        res_blocks = [block for stage in model.modules() if isinstance(stage, Stage) for block in stage]
+        inner = [block.block if type(block) is DiffiTResBlock else block for block in res_blocks]
+        unknown = next((block for block in inner if type(block) is not DiffiTBlock), None)
+    unknown = unknown or next((attn for attn in attentions if type(attn) is not TMSA), None)
+    if unknown is not None:
+        raise ValueError(f"--fast does not know how to compute a {type(unknown).__name__}: leave --fast out")
+
+
+def _replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
+    """Put `make(part)` in the place of every part of a kind."""
+    for name, child in module.named_children():
+        if type(child) is kind:
+            setattr(module, name, make(child))
+        else:
+            _replace(child, kind, make)
+
+
+def choose_attention(device: torch.device, num_tokens: int, dtype: torch.dtype) -> Attention:
+    """The fastest measured for windows of N tokens; see docs/benchmarks.md."""
+    few = device.type == "cpu" and num_tokens <= _FEW_TOKENS and dtype != torch.float32
+    return matmul_attention if few else fused_attention
+
+
+def without_keys(rows: Tensor) -> Tensor:
+    """A projection's rows [3C, ...] for queries, keys and values, with zeros for the keys.
+
+    What all keys share, as they share their bias and the conditioning token's projection, adds the same number to all
+    scores of a query, which softmax does not see: Eq. 6 stays what it is. Left out, scores are smaller, and rounding
+    them to 16 bits costs less.
+    """
+    q, k, v = rows.chunk(3)
+    return torch.cat([q, torch.zeros_like(k), v])
+
+
+def _onednn_takes(weight: Tensor) -> bool:
+    """Whether the CPU library that fuses layers is there, and works in this precision on this processor."""
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    name = supported.get(str(weight.dtype).removeprefix("torch."))
+    return name is None or getattr(torch.ops.mkldnn, name)()
+
+
+class FastLinear(nn.Module):
+    """A linear layer whose weights no longer change, and perhaps the GELU after it.
+
+    Args:
+        layer: the nn.Linear whose weights it takes.
+        dtype: of weights and output; its input may have any.
+        gelu: apply GELU, in its tanh approximation, to the output.
+    """
+
+    def __init__(self, layer: Any, dtype: torch.dtype, gelu: bool = False) -> None:
         super().__init__()
-        self.register_buffer("times", times, persistent=False)
-        self.register_buffer("table", table, persistent=False)
+        self.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+        self.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        self.dtype, self.gelu = dtype, gelu
+        takes = _onednn_takes(self.weight)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight) if takes else None
 
-    def forward(self, t: Tensor, offset: Tensor | None = None) -> Tensor:
-        """t: [B], each of them one of the times, but for rounding. Returns [B, P].
-
-        Any other time gives NaN, so that it cannot pass unnoticed: to raise an error, the host would have to wait for
-        the device. offset, what augmentation told, is zero in sampling and ignored.
-        """
-        distance, row = (t[:, None].to(self.times.dtype) - self.times).abs().min(dim=1)
-        return self.table[row].masked_fill((distance > _SAME_TIME)[:, None], math.nan)
-
-
-class LabelTable(nn.Module):
-    """What stands in for the label embedder: projections by label. table: [K, P]."""
-
-    table: Tensor
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
-        """y: [B]. Returns [B, P]. No labels are dropped in sampling."""
-        return self.table[y]
-
-
-class Share(nn.Module):
-    """What stands in for a block's projection of the conditioning token: its part of all blocks' projections."""
-
-    def __init__(self, part: slice) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, cond: Tensor) -> Tensor:
-        """cond: [B, P]. Returns [B, 3C]."""
-        return cond[:, self.part]
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., C]. Returns [..., C']."""
+        x = x.to(self.dtype)
+        if not torch.compiler.is_compiling() and self.packed is not None:
+            # One call of oneDNN with weights in its own layout, as the compiler makes it (which does not take this
+            # one): by itself, a CPU's GELU in 16 bits takes as long as the product before it.
+            after, how = ("gelu", "tanh") if self.gelu else ("none", "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, after, [], how)
+        x = F.linear(x, self.weight, self.bias)
+        return F.gelu(x, approximate="tanh") if self.gelu else x
 
 
 class FastConv(nn.Module):
@@ -86,68 +189,55 @@ class FastConv(nn.Module):
         return self.conv(x.to(self.dtype)).to(x.dtype)
 
 
-def prepare_for_sampling(
-    model: Network, times: Sequence[float], dtype: torch.dtype = torch.float32, kernel: Kernel | None = None
-) -> Network:
-    """Replace a network's parts by cheaper ones, in place; it can no longer be trained or saved.
-
-    In float32 it predicts the same as before, but for rounding.
+class FastTMSA(nn.Module):
+    """A TMSA whose weights no longer change: the bias is spread once, and the layers may be kept in 16 bits.
 
     Args:
-        model: in eval mode, on its device.
-        times: what t or c_noise can be; see `Sampler.times`.
-        dtype: of the blocks, and of the latent model's head.
-        kernel: of attention; by default the fastest measured on this device.
+        attn: the TMSA, whose weights it takes.
+        dtype: of everything within but the projection of the conditioning token; inputs may have any.
+        attention: the function of Eq. 6; by default the fastest measured on this device.
     """
-    return fix_weights(tabulate_conditions(model, times), dtype, kernel)
+
+    bias: Tensor
+
+    def __init__(self, attn: TMSA, dtype: torch.dtype, attention: Attention | None = None) -> None:
+        super().__init__()
+        device = attn.qkv.weight.device
+        self.num_heads, self.dtype = attn.num_heads, dtype
+        self.attention = attention or choose_attention(device, attn.window_size**2, dtype)
+        self.qkv, self.qkv_temb, self.proj = FastLinear(attn.qkv, dtype), attn.qkv_temb, FastLinear(attn.proj, dtype)
+        self.qkv.bias = nn.Parameter(without_keys(self.qkv.bias), requires_grad=False)
+        for parameter in self.qkv_temb.parameters():
+            parameter.data = without_keys(parameter.data)
+        bias = relative_position_bias(attn.relative_position_bias_table.detach(), attn.window_size)[None]
+        self.register_buffer("bias", bias.to(dtype).contiguous(), persistent=False)  # [1, H, N, N]
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C] in the layers' precision."""
+        B, W, N, C = x.shape
+        temb = self.qkv_temb(cond).to(self.dtype)  # [B, 3C]
+        qkv = self.qkv(x).add_(temb[:, None, None])  # Eq. 3-5: [B, W, N, 3C]
+        q, k, v = qkv.view(B * W, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B*W, H, N, D]
+        out = self.attention(q, k, v, self.bias)  # Eq. 6: [B*W, H, N, D]
+        return self.proj(out.transpose(1, 2).reshape(B, W, N, C))  # [B, W, N, C]
 
 
-@torch.no_grad()
-def tabulate_conditions(model: Network, times: Sequence[float]) -> Network:
-    """Apply all blocks' W_t to all times and labels, in place. Arguments: see `prepare_for_sampling`."""
-    layers = [block.attn.qkv_temb for block in _blocks(model)]
-    weight = torch.cat([without_keys(layer.weight) for layer in layers])  # [P, E]
-    bias = torch.cat([without_keys(layer.bias) for layer in layers])  # [P]
-    visited = torch.tensor(sorted(set(times)), dtype=torch.float32, device=weight.device)  # [S]
-    labels = model.y_embedder.embedding_table.weight  # [K, E]
-    embedded: Tensor = model.t_embedder(visited)  # [S, E]
-    model.t_embedder = TimeTable(visited, F.linear(embedded, weight, bias))  # type: ignore[assignment]
-    model.y_embedder = LabelTable(F.linear(labels, weight))  # type: ignore[assignment]
-    first = 0
-    for block in _blocks(model):
-        width = block.attn.qkv_temb.out_features
-        block.attn.qkv_temb = Share(slice(first, first + width))  # type: ignore[assignment]
-        first += width
-    return model
+class FastBlock(nn.Module):
+    """A DiffiT block whose weights no longer change.
 
+    Args:
+        block: whose parts it takes over.
+        dtype: of the layers; the residual stream keeps its own.
+    """
 
-@torch.no_grad()
-def fix_weights(model: Network, dtype: torch.dtype = torch.float32, kernel: Kernel | None = None) -> Network:
-    """Spread biases and cast the blocks, in place. Arguments: see `prepare_for_sampling`."""
-    if isinstance(model, ImageDiffiT):  # as windows leave their images; before there are biases of four dimensions
-        model.to(memory_format=torch.channels_last)
-    _replace(model, DiffiTBlock, lambda block: _fast_block(block, dtype, kernel))
-    if isinstance(model, DiffiT):
-        _replace(model.final_layer, nn.Linear, lambda layer: FastLinear(layer, dtype))
-    else:
-        for trunk in (model.encoder, model.downs, model.ups, model.decoder):
-            _replace(trunk, nn.Conv2d, lambda conv: FastConv(conv, dtype))
-    return model
+    def __init__(self, block: DiffiTBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn = FastTMSA(block.attn, dtype)
+        self.fc1 = FastLinear(block.mlp.fc1, dtype, gelu=True)
+        self.fc2 = FastLinear(block.mlp.fc2, dtype)
 
-
-def _blocks(model: nn.Module) -> list[DiffiTBlock]:
-    return [module for module in model.modules() if isinstance(module, DiffiTBlock)]
-
-
-def _fast_block(block: DiffiTBlock, dtype: torch.dtype, kernel: Kernel | None) -> FastBlock:
-    chosen = kernel or choose_kernel(block.attn.qkv.weight.device, block.attn.window_size**2, dtype)
-    return FastBlock(block, chosen, dtype)
-
-
-def _replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
-    """Put `make(part)` in the place of every part of a kind."""
-    for name, child in module.named_children():
-        if isinstance(child, kind):
-            setattr(module, name, make(child))
-        else:
-            _replace(child, kind, make)
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x: tokens [B, W, N, C], which it overwrites; cond: conditioning token [B, E]. Returns [B, W, N, C]."""
+        x = x.add_(self.attn(self.norm1(x), cond))  # Eq. 7
+        return x.add_(self.fc2(self.fc1(self.norm2(x))))  # Eq. 8

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from diffit.nn.block import DiffiTBlock
+from diffit.nn.block import block_class, zero_gates
 from diffit.nn.embedding import LabelEmbedder, TimestepEmbedder
 from diffit.nn.window import from_windows, to_windows
 
@@ -50,6 +50,7 @@ class DiffiTResBlock(nn.Module):
         mlp_ratio: float,
         cond_dim: int,
         dropout: float,
+        conditioning: str = "tmsa",
     ) -> None:
         super().__init__()
         self.window_size = window_size
@@ -57,7 +58,8 @@ class DiffiTResBlock(nn.Module):
         self.act = nn.SiLU()
         self.conv = conv3x3(channels, out_channels)
         num_heads = out_channels // head_dim
-        self.block = DiffiTBlock(out_channels, num_heads, window_size, mlp_ratio, cond_dim, dropout)
+        block = block_class(conditioning)
+        self.block = block(out_channels, num_heads, window_size, mlp_ratio, cond_dim, dropout)
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -92,9 +94,11 @@ class ImageDiffiT(nn.Module):
         dropout: in training, inside every transformer block.
         class_dropout_prob: probability that a label becomes null in training, for classifier-free guidance.
         num_classes: the label `num_classes` is the null class; 0 makes an unconditional model.
+        conditioning: how time and class enter the blocks: tmsa, or adaln as in DiT (see `diffit.nn.block.BLOCKS`).
 
     Raises:
-        ValueError: if the windows do not divide every resolution, or the other sizes do not fit together.
+        ValueError: if the conditioning is unknown, the windows do not divide every resolution, or the other sizes do
+            not fit together.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class ImageDiffiT(nn.Module):
         dropout: float = 0.0,
         class_dropout_prob: float = 0.1,
         num_classes: int = 0,
+        conditioning: str = "tmsa",
     ) -> None:
         super().__init__()
         check_sizes(input_size, channels, blocks, window_size, head_dim)
@@ -119,7 +124,7 @@ class ImageDiffiT(nn.Module):
 
         def stage(width_in: int, width: int, count: int) -> Stage:
             widths = [width_in] + [width] * (count - 1)
-            settings = (head_dim, window_size, mlp_ratio, cond_dim, dropout)
+            settings = (head_dim, window_size, mlp_ratio, cond_dim, dropout, conditioning)
             return Stage(DiffiTResBlock(first, width, *settings) for first in widths)
 
         stages = list(zip(channels, blocks, strict=True))
@@ -148,6 +153,7 @@ class ImageDiffiT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
+        zero_gates(self)
 
     def condition(
         self, c_noise: Tensor, y: Tensor | None, augment_labels: Tensor | None, drop_label: Tensor | None

@@ -7,7 +7,7 @@ o output channels.
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from diffit.nn.block import DiffiTBlock
+from diffit.nn.block import block_class, zero_gates
 from diffit.nn.embedding import LabelEmbedder, TimestepEmbedder, sincos_position_embedding
 
 
@@ -37,9 +37,11 @@ class DiffiT(nn.Module):
         class_dropout_prob: probability that a label becomes null in training, for classifier-free guidance.
         num_classes: the label `num_classes` is the null class; 0 makes an unconditional model.
         learn_sigma: also predict the interpolation of the variance, in c further output channels.
+        conditioning: how time and class enter the blocks: tmsa, or adaln as in DiT (see `diffit.nn.block.BLOCKS`).
 
     Raises:
-        ValueError: if patch_size does not divide input_size, num_heads not hidden_size, or 4 not hidden_size.
+        ValueError: if the conditioning is unknown, patch_size does not divide input_size, num_heads not hidden_size, or
+            4 not hidden_size.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class DiffiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        conditioning: str = "tmsa",
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -68,7 +71,8 @@ class DiffiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, grid)[None], requires_grad=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.blocks = nn.ModuleList(DiffiTBlock(hidden_size, num_heads, grid, mlp_ratio) for _ in range(depth))
+        block = block_class(conditioning)
+        self.blocks = nn.ModuleList(block(hidden_size, num_heads, grid, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -86,6 +90,7 @@ class DiffiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
+        zero_gates(self)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """x: [B, N, p*p*o], each token in (row, column, channel) order. Returns [B, o, h, w]."""

@@ -4,6 +4,8 @@ Letters: B batch, W windows per image, w side of a window, N = w*w tokens of a w
 C channels, E channels of the conditioning token, H heads, D = C/H.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,21 @@ def relative_position_index(window_size: int) -> Tensor:
     return relative_position_bias(rows, window_size)[0]  # [N, N]
 
 
+# q, k, v: [B, H, N, D]; bias: [1, H, N, N]. Returns softmax(Q K^T / sqrt(D) + B) V (Eq. 6): [B, H, N, D].
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Eq. 6 by PyTorch's fused attention, which need not hold the N x N matrix."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Eq. 6 as it is written. Softmax adds up in float32 inside, whatever the precision of its input."""
+    scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)  # [B, H, N, N]
+    return scores.softmax(dim=-1) @ v  # [B, H, N, D]
+
+
 class TMSA(nn.Module):
     """Self-attention within windows, whose queries, keys and values also depend on a conditioning token (Eq. 3-6).
 
@@ -41,7 +58,11 @@ class TMSA(nn.Module):
 
     Raises:
         ValueError: if num_heads does not divide dim.
+
+    The attribute `attention` is the function that computes Eq. 6; both of this file give the same but for rounding.
     """
+
+    attention: Attention = staticmethod(fused_attention)
 
     def __init__(self, dim: int, num_heads: int, window_size: int, cond_dim: int | None = None) -> None:
         super().__init__()
@@ -61,5 +82,5 @@ class TMSA(nn.Module):
         qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # Eq. 3-5: [B, W, N, 3C]
         q, k, v = qkv.view(B * W, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B*W, H, N, D]
         bias = relative_position_bias(self.relative_position_bias_table, self.window_size)  # [H, N, N]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])  # Eq. 6: [B*W, H, N, D]
+        out = self.attention(q, k, v, bias.to(q.dtype)[None])  # Eq. 6: [B*W, H, N, D]
         return self.proj(out.transpose(1, 2).reshape(B, W, N, C))  # [B, W, N, C]

@@ -28,8 +28,8 @@ from diffit.codec import Codec, create_codec
 from diffit.device import Precision, autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import create_sampler
 from diffit.distributed import World
-from diffit.fast import compiles, fast_network, fast_precision
 from diffit.files import as_tree, sha256
+from diffit.models.fast import compiles, fast_network, fast_precision
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
 from diffit.sampling.images import batch_labels, class_names, resolve_labels, sample_batch

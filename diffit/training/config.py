@@ -91,7 +91,7 @@ class TrainConfig(ProcessSettings):
     """
 
     model: str = "Diffit"
-    network: dict[str, int | float | bool | list[int]] = field(default_factory=dict)
+    network: dict[str, int | float | bool | str | list[int]] = field(default_factory=dict)
     run_dir: str = "runs/train"
     init_from: str | None = None
     steps: int = 400_000

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffit.device import Precision, product_dtype
 from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config
 from diffit.training.config import TrainConfig
 
@@ -84,20 +85,19 @@ def report(config: TrainConfig, processes: int = 1) -> str:
     return "\n".join(lines)
 
 
-def measured_peak(device: torch.device, precision: str) -> float | None:
-    """Operations a second that a GPU reaches in large matrix products at a precision; None on other devices."""
-    if device.type != "cuda":
-        return None
-    side, repeats = 8192, 20
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+def measured_peak(device: torch.device, precision: Precision) -> float:
+    """Operations a second that a device reaches in large matrix products at a precision."""
+    side, repeats = (8192, 20) if device.type == "cuda" else (1024, 20)
+    a, b = (torch.randn(side, side, device=device, dtype=product_dtype(precision)) for _ in range(2))
 
     def seconds() -> float:
-        torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             torch.mm(a, b)
-        torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     seconds()  # warms up

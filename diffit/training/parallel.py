@@ -19,14 +19,24 @@ from torch.utils.checkpoint import checkpoint
 from diffit.device import autocast
 from diffit.distributed import World
 from diffit.models.image import DiffiTResBlock
-from diffit.nn.block import DiffiTBlock
+from diffit.nn.block import BLOCKS
 from diffit.training.config import TrainConfig
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a network, outermost ones only: they are recomputed, and sharded, one at a time."""
-    kind = DiffiTResBlock if any(isinstance(m, DiffiTResBlock) for m in model.modules()) else DiffiTBlock
-    return [module for module in model.modules() if isinstance(module, kind)]
+    """The blocks of a network, outermost ones only: they are recomputed, and sharded, one at a time.
+
+    Raises:
+        ValueError: if it has none of a known kind.
+    """
+    res_blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, DiffiTResBlock)]
+    found = res_blocks or [module for module in model.modules() if isinstance(module, tuple(BLOCKS.values()))]
+    if not found:
+        raise ValueError(
+            "activation checkpointing and FSDP work block by block, and this network has no block of diffit.nn.block: "
+            "leave --activation_checkpointing and --parallel fsdp out, or enter its block in BLOCKS"
+        )
+    return found
 
 
 def recompute_blocks(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ class Watch:
         self.config, self.device, self.world = config, device, world
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not world.is_main)
         self.flops = estimate(network).flops
-        self.peak = measured_peak(device, config.precision)
+        self.peak = measured_peak(device, config.precision) if device.type == "cuda" else None
         self.since, self.first = time.monotonic(), first
         if world.is_main:
             folder = Path(config.run_dir)

@@ -5,45 +5,45 @@ import copy
 import pytest
 import torch
 
-from diffit import load_model
-from diffit.benchmark.plain import twin, with_plain_attention
+from diffit import create_model, load_model
+from diffit.benchmark import _copy_of, with_matmul_attention
 from diffit.device import autocast
 from diffit.models.config import model_config
-from diffit.models.fast import FastConv, fix_weights, prepare_for_sampling, tabulate_conditions
-from diffit.nn.fast import FastTMSA
+from diffit.models.fast import FastConv, FastLinear, FastTMSA, fast_network, prepare_for_sampling, without_keys
+from diffit.nn.attention import TMSA, fused_attention, matmul_attention
+from diffit.nn.block import DiffiTBlock
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
+from tests.nn.test_attention import naive_tmsa
 from tests.small_models import random_network
 
 CPU = torch.device("cpu")
 
 
+def random_block(side: int = 3) -> DiffiTBlock:
+    """A block whose every parameter matters, biases included."""
+    torch.manual_seed(0)
+    block = DiffiTBlock(16, num_heads=2, window_size=side, cond_dim=10).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_latent_prediction(golden_latent, name):
-    """The reference implementation's output, at other times too than those asked for."""
+    """The reference implementation's output."""
     model = golden_network(golden_latent, name)
     x, t, y, out = golden_tensors(golden_latent, name, "x", "t", "y", "out")
-    fast = prepare_for_sampling(model, [*range(0, 1000, 7), *t.tolist()])
-    assert relative_error(fast(x, t, y), out) < 1e-5
+    assert relative_error(prepare_for_sampling(model)(x, t, y), out) < 1e-5
 
 
-@pytest.mark.parametrize("change", [prepare_for_sampling, tabulate_conditions])
 @pytest.mark.parametrize("num_classes", [0, 3])
 @torch.no_grad()
-def test_image_prediction(change, num_classes):
+def test_image_prediction(num_classes):
     model = random_network(model_config("ImageDiffit-Tiny", num_classes=num_classes))
-    times = [-1.5, 0.25, 1.0]
-    x, y = torch.randn(3, 3, 32, 32), torch.tensor([num_classes, 0, num_classes])
-    expected = model(x, torch.tensor(times), y)
-    torch.testing.assert_close(change(model, times)(x, torch.tensor(times), y), expected, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_time_that_was_not_asked_for_does_not_pass_unnoticed():
-    model = prepare_for_sampling(random_network(), [3, 500])
-    out = model(torch.randn(2, 4, 8, 8), torch.tensor([500, 499]), torch.tensor([0, 0]))
-    assert out[0].isfinite().all()
-    assert out[1].isnan().all()
+    t, x, y = torch.tensor([-1.5, 0.25, 1.0]), torch.randn(3, 3, 32, 32), torch.tensor([num_classes, 0, num_classes])
+    expected = model(x, t, y)
+    torch.testing.assert_close(prepare_for_sampling(model)(x, t, y), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -51,12 +51,12 @@ def test_unconditional_image_prediction_without_labels():
     model = random_network(model_config("ImageDiffit-Tiny"))
     x, c_noise = torch.randn(2, 3, 32, 32), torch.tensor([0.5, 0.5])
     expected = model(x, c_noise)
-    torch.testing.assert_close(prepare_for_sampling(model, [0.5])(x, c_noise), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(prepare_for_sampling(model)(x, c_noise), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_all_of_a_trunk_is_cast():
-    model = fix_weights(random_network(model_config("ImageDiffit-Tiny")), torch.bfloat16)
+    model = prepare_for_sampling(random_network(model_config("ImageDiffit-Tiny")), torch.bfloat16)
     exact = {id(p) for part in (model.tokenizer, model.head, model.t_embedder) for p in part.parameters()}
     convolutions = [module for module in model.modules() if isinstance(module, FastConv)]
     assert len(convolutions) == 6  # of three ResBlocks, of the last one's skip, one on the way down, one on the way up
@@ -76,18 +76,18 @@ def test_16_bit_weights_cost_less_than_autocast():
     """Of the bundled model: RMS and largest error of the prediction, over times and noises."""
     model, _ = load_model("Diffit-Fashion")
     model.requires_grad_(False)
-    plain = with_plain_attention(twin(model))
-    ways = {
+    baseline = with_matmul_attention(_copy_of(model))
+    variants = {
         "autocast": autocast(model, CPU, "bf16"),
-        "fast": prepare_for_sampling(twin(model), range(1000), torch.bfloat16),
+        "fast": prepare_for_sampling(_copy_of(model), torch.bfloat16),
     }
-    errors: dict[str, list[torch.Tensor]] = {name: [] for name in ways}
+    errors: dict[str, list[torch.Tensor]] = {name: [] for name in variants}
     y = torch.arange(16) % 11
     for time in (999, 700, 400, 100):
         x, t = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(time)), torch.full((16,), time)
-        exact = plain(x, t, y)
-        for name, way in ways.items():
-            errors[name].append(way(x, t, y).float() - exact)
+        exact = baseline(x, t, y)
+        for name, call in variants.items():
+            errors[name].append(call(x, t, y).float() - exact)
     rms = {name: torch.stack(found).square().mean().sqrt() for name, found in errors.items()}
     largest = {name: torch.stack([e.abs().max() for e in found]).mean() for name, found in errors.items()}
     assert 0 < rms["fast"] < rms["autocast"]
@@ -95,13 +95,94 @@ def test_16_bit_weights_cost_less_than_autocast():
 
 
 @torch.no_grad()
-def test_a_twin_keeps_its_own_parts():
+def test_a_copy_keeps_its_own_parts():
     """Casting and replacing the layers of one leaves the other bit for bit the same."""
     model = random_network()
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 3])
     before, state = model(x, t, y), copy.deepcopy(model.state_dict())
-    other = twin(model)
+    other = _copy_of(model)
     assert other.final_layer.linear.weight.data_ptr() == model.final_layer.linear.weight.data_ptr()
-    prepare_for_sampling(other, [3], torch.bfloat16)(x, t, y)
+    prepare_for_sampling(other, torch.bfloat16)(x, t, y)
     assert torch.equal(model(x, t, y), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("attention", [fused_attention, matmul_attention])
+@torch.no_grad()
+def test_attention_functions_compute_the_equations(attention):
+    attn: TMSA = random_block().attn
+    x, cond = torch.randn(2, 4, 9, 16), torch.randn(2, 10)
+    expected = naive_tmsa(attn, x, cond)
+    attn.attention = attention
+    torch.testing.assert_close(attn(x, cond), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(FastTMSA(attn, torch.float32, attention)(x, cond), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_baseline_replaces_every_attention():
+    model = with_matmul_attention(random_network())
+    assert [block.attn.attention for block in model.blocks] == [matmul_attention] * len(model.blocks)
+    assert random_network().blocks[0].attn.attention is fused_attention
+
+
+@torch.no_grad()
+def test_what_all_keys_share_cancels():
+    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind()
+    bias = torch.randn(1, 2, 6, 6)
+    moved = matmul_attention(q, k + 3 * torch.randn(2, 2, 1, 4), v, bias)
+    torch.testing.assert_close(moved, matmul_attention(q, k, v, bias), rtol=1e-4, atol=1e-5)
+    assert without_keys(torch.ones(6, 2)).tolist() == [[1, 1]] * 2 + [[0, 0]] * 2 + [[1, 1]] * 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@torch.no_grad()
+def test_layers_of_the_mlp(packed):
+    mlp, x = random_block().mlp, torch.randn(2, 4, 9, 16)
+    fc1, fc2 = FastLinear(mlp.fc1, torch.float32, gelu=True), FastLinear(mlp.fc2, torch.float32)
+    for layer in (fc1, fc2):
+        layer.packed = layer.packed if packed else None
+    torch.testing.assert_close(fc2(fc1(x)), mlp(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_16_bits_come_out_where_32_go_in():
+    block = random_block()
+    x, cond = torch.randn(2, 1, 9, 16), torch.randn(2, 10)
+    attended, transformed = block.attn(x, cond), block.mlp(x)
+    for fast, expected in (
+        (FastTMSA(block.attn, torch.bfloat16, fused_attention)(x, cond), attended),
+        (FastLinear(block.mlp.fc2, torch.bfloat16)(block.mlp.act(block.mlp.fc1(x))), transformed),
+    ):
+        assert fast.dtype == torch.bfloat16
+        assert 0 < (fast - expected).norm() / expected.norm() < 0.02
+
+
+class DoubledBlock(DiffiTBlock):
+    """A user's block, which computes something else than its parent."""
+
+    def forward(self, x, cond):
+        return 2 * super().forward(x, cond)
+
+
+class DoubledTMSA(TMSA):
+    """A user's attention."""
+
+    def forward(self, x, cond):
+        return 2 * super().forward(x, cond)
+
+
+@pytest.mark.parametrize("name", ["Diffit-Fashion", "ImageDiffit-Tiny"])
+@pytest.mark.parametrize("what", ["block", "attention", "network", "adaln"])
+def test_what_is_not_known_is_refused_and_left_alone(name, what):
+    model = create_model(name, conditioning="adaln" if what == "adaln" else "tmsa")
+    blocks = [module for module in model.modules() if isinstance(module, DiffiTBlock)]
+    if what == "block":
+        blocks[-1].__class__ = DoubledBlock
+    elif what == "attention":
+        blocks[-1].attn.__class__ = DoubledTMSA
+    elif what == "network":
+        model.__class__ = type("Mine", (type(model),), {})
+    named = {"block": "DoubledBlock", "attention": "DoubledTMSA", "network": "Mine", "adaln": "AdaLNBlock"}[what]
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=f"--fast does not know how to compute a {named}: leave --fast out"):
+        fast_network(model, "fp32", CPU)
+    assert [type(module) for module in model.modules()] == before

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffit.cli.sample import parse_sample
-from diffit.fast import fast_network
+from diffit.models.fast import fast_network
 from diffit.sampling.folder import SampleFolder
 from diffit.sampling.generate import generate, resolve_labels
 from tests.conftest import ROOT
@@ -183,7 +183,7 @@ def test_fast_in_float32_differs_by_rounding_alone(sample):
 
 @pytest.mark.parametrize(("flags", "precision"), [({"avx512_bf16"}, "bf16"), ({"avx2"}, "fp32"), (set(), "fp32")])
 def test_the_precision_of_a_device(sample, monkeypatch, flags, precision):
-    monkeypatch.setattr("diffit.fast._processor_flags", lambda: flags)
+    monkeypatch.setattr("diffit.models.fast._processor_flags", lambda: flags)
     settings = json.loads((sample("--num_samples 1 --fast True")[2] / "manifest.json").read_text())["settings"]
     assert settings["precision"] == precision
     assert json.loads((sample("--num_samples 1")[2] / "manifest.json").read_text())["settings"]["precision"] == "fp32"
