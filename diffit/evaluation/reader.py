@@ -123,8 +123,3 @@ class ImageFile:
         finite = values[np.isfinite(values)]
         span = f" between {finite.min():g} and {finite.max():g}" if len(finite) else ""
         return f"{span}{f', {bad} of the first {len(values)} values NaN or infinite,' if bad else ''}"
-
-
-def to_rgb(images: Images) -> Images:
-    """Grey images [B, H, W, 1] with their channel three times; colour images as they are."""
-    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
