@@ -20,20 +20,13 @@ from diffit.evaluation.statistics import SingularCovarianceWarning
 from diffit.files import write_atomically
 
 T = TypeVar("T")
-_LABELS = {
-    "inception_score": "Inception Score",
-    "fid": "FID",
-    "sfid": "sFID",
-    "precision": "Precision",
-    "recall": "Recall",
-}
-# ADM's README for its public pair, with what its half precision and other hardware may move.
-_PUBLIC = {
-    "inception_score": (215.837, 0.1),
-    "fid": (3.9426, 0.005),
-    "sfid": (6.1404, 0.005),
-    "precision": (0.8265, 0.003),
-    "recall": (0.5309, 0.003),
+# ADM's names and order; what its README says of its public pair, and what half precision and other hardware may move.
+_SCORES = {
+    "inception_score": ("Inception Score", 215.837, 0.1),
+    "fid": ("FID", 3.9426, 0.005),
+    "sfid": ("sFID", 6.1404, 0.005),
+    "precision": ("Precision", 0.8265, 0.003),
+    "recall": ("Recall", 0.5309, 0.003),
 }
 
 
@@ -76,7 +69,7 @@ def evaluate(
         late = [str(entry.message) for entry in caught if issubclass(entry.category, SingularCovarianceWarning)]
         _warn(late)
         print(f"features: {backend.name} on {backend.device}", *loaded.origin, sep="\n")
-        for field, label in _LABELS.items():
+        for field, (label, _, _) in _SCORES.items():
             if getattr(scores, field) is not None:
                 print(f"{label}: {getattr(scores, field)}")
         if out:
@@ -89,11 +82,11 @@ def evaluate(
 def self_test(scores: Scores) -> bool:
     """Whether the scores of ADM's public pair are the published ones; says so for each."""
     good = True
-    for field, (expected, tolerance) in _PUBLIC.items():
+    for field, (label, expected, tolerance) in _SCORES.items():
         value = getattr(scores, field)
         fits = value is not None and abs(value - expected) <= tolerance
         good &= fits
-        print(f"{'ok  ' if fits else 'FAIL'} {_LABELS[field]}: {value}, published {expected} (± {tolerance})")
+        print(f"{'ok  ' if fits else 'FAIL'} {label}: {value}, published {expected} (± {tolerance})")
     return good
 
 

@@ -135,18 +135,16 @@ def _import(name: str) -> ModuleType:
 
 def _inception_weights(kind: str, weights: str | Path | None) -> Path:
     """The weights file: the one named, one of the cache, one that torch-fidelity has fetched, or the graph, fetched."""
-    if weights is not None:
-        path = Path(weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"the Inception weights {path} do not exist: name a {INCEPTION_GRAPH}")
-        if kind == "tensorflow" and path.suffix != ".pb":
-            raise ValueError(f"the tensorflow backend reads a frozen graph (.pb), not {path.name}: use --backend torch")
-        verify(path)
-        return path
-    converted = [cache_folder() / INCEPTION_STATE, Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_STATE]
-    if kind == "torch" and not (cache_folder() / INCEPTION_GRAPH).is_file():
-        for path in converted:
-            if path.is_file():
-                verify(path)
-                return path
-    return cached(INCEPTION_GRAPH)
+    if weights is None:
+        folders = [cache_folder(), Path(torch.hub.get_dir()) / "checkpoints"]
+        converted = [folder / INCEPTION_STATE for folder in folders if (folder / INCEPTION_STATE).is_file()]
+        if kind == "tensorflow" or (cache_folder() / INCEPTION_GRAPH).is_file() or not converted:
+            return cached(INCEPTION_GRAPH)
+        weights = converted[0]
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"the Inception weights {path} do not exist: name a {INCEPTION_GRAPH}")
+    if kind == "tensorflow" and path.suffix != ".pb":
+        raise ValueError(f"the tensorflow backend reads a frozen graph (.pb), not {path.name}: use --backend torch")
+    verify(path)
+    return path

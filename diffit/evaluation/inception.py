@@ -107,7 +107,18 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def _state_from_graph(path: Path) -> dict[str, Tensor]:
-    nodes = _read_nodes(path)
+    """The schema of the graph's format ships with tensorboard."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+    graph = GraphDef()
+    try:
+        graph.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(
+            f"{path} is not a frozen TensorFlow graph, or not a whole one: delete it and fetch it"
+        ) from error
+    nodes = {node.name: node for node in graph.node}
 
     def constant(name: str) -> NDArray[np.float32]:
         if name not in nodes:
@@ -126,26 +137,6 @@ def _state_from_graph(path: Path) -> dict[str, Tensor]:
         state[f"{block}.bn.running_var"] = constant(f"{scope}/batchnorm/moving_variance")
         state[f"{block}.bn.num_batches_tracked"] = np.array(0)
     return {name: torch.tensor(value) for name, value in state.items()}
-
-
-def _read_nodes(path: Path) -> dict[str, Any]:
-    """The nodes of a frozen graph by name. The schema of its format ships with tensorboard.
-
-    Raises:
-        ValueError: if it is no frozen graph.
-        ModuleNotFoundError: without tensorboard.
-    """
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.graph_pb2 import GraphDef
-
-    graph = GraphDef()
-    try:
-        graph.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise ValueError(
-            f"{path} is not a frozen TensorFlow graph, or not a whole one: delete it and fetch it"
-        ) from error
-    return {node.name: node for node in graph.node}
 
 
 def _array(tensor: Any) -> NDArray[np.float32]:

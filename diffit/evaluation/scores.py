@@ -1,12 +1,5 @@
 """All scores together: features of images, gathered over ranks, compared with a reference.
 
-From training, with the reference made ready once and a batch of generated images at a time:
-
-    backend = create_backend("torch", device=device)
-    reference = load_reference("VIRTUAL_imagenet256_labeled.npz", backend)
-    scores = score_images(batches, reference, backend, manifold=False)   # batches: iterable of uint8 [B, H, W, C]
-    scores.fid
-
 Every rank calls `score_images` with its own share of the images, and every rank gets the scores of all of them.
 Letters: N images, B of a batch, D features, K classes, S spatial features.
 """
