@@ -1,4 +1,4 @@
-"""Small things about files that every package needs: atomic writes, hashes, comparisons, and quiet downloads."""
+"""Small things about files that every package needs: atomic writes, .npz, hashes, comparisons, and quiet downloads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 _PIECE = 1 << 22
 
@@ -31,6 +34,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def npz_member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+    """An array inside an .npz, open for its data in C order; its header is already written."""
+    info = zipfile.ZipInfo(f"{name}.npy")  # its date is 1980, so equal arrays make equal files
+    with archive.open(info, "w", force_zip64=True) as member:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        yield member
 
 
 def sha256(path: Path) -> str:

@@ -1,49 +1,21 @@
 """Score samples as ADM does: python evaluations/evaluator.py REFERENCE.npz SAMPLES.npz
 
-Prints Inception Score, FID, sFID, Precision and Recall. Under torchrun the processes share the images.
+Prints Inception Score, FID, sFID, Precision and Recall. Under torchrun the ranks share the images.
 """
 
 import argparse
-import json
-import os
 import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
-# Run as a file, this folder comes first in the search path, where its statistics.py would hide Python's own module.
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from diffit.device import resolve_device
-from diffit.distributed import World, on_main, start, stop
-from diffit.evaluation.backends import create_backend
-from diffit.evaluation.checks import check_images, check_pair, label_histogram
+from diffit.distributed import World, start, stop
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
-from diffit.evaluation.reader import ImageFile
-from diffit.evaluation.scores import Scores, load_reference, score_images, share
-from diffit.evaluation.statistics import SingularCovarianceWarning
+from diffit.evaluation.evaluate import evaluate, self_test
+from diffit.evaluation.features import create_backend
 
-T = TypeVar("T")
 _PROJECT = Path(__file__).resolve().parents[1]
-
-# ADM's README for its public pair, with what its half precision and other hardware may move.
-_PUBLIC = {
-    "inception_score": (215.837, 0.1),
-    "fid": (3.9426, 0.005),
-    "sfid": (6.1404, 0.005),
-    "precision": (0.8265, 0.003),
-    "recall": (0.5309, 0.003),
-}
-_LABELS = {
-    "inception_score": "Inception Score",
-    "fid": "FID",
-    "sfid": "sFID",
-    "precision": "Precision",
-    "recall": "Recall",
-}
 
 
 def boolean(text: str) -> bool:
@@ -78,134 +50,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_samples(log_dir: Path | None) -> Path:
-    """The newest samples_*.npz under a folder; by default logs/ of this folder, or else of the project.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    folder = log_dir or next((path for path in (Path("logs"), _PROJECT / "logs") if path.is_dir()), Path("logs"))
-    found = sorted(folder.rglob("samples_*.npz"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"there is no samples_*.npz under {folder.resolve()}: sample first, or name REFERENCE and SAMPLES"
-        )
-    return found[-1]
-
-
-def find_reference(samples: ImageFile) -> Path:
-    """ADM's reference for the size of these samples, from the cache or fetched.
-
-    Raises:
-        ValueError: if there is none for the size.
-        FileNotFoundError: if it cannot be fetched.
-    """
-    height, width = samples.image_shape[:2]
-    if height != width or height not in REFERENCES:
-        raise ValueError(
-            f"there is no public reference for {height}x{width} images: make one with evaluations/make_reference.py"
-        )
-    return cached(REFERENCES[height])
-
-
-def open_files(args: argparse.Namespace) -> tuple[ImageFile, ImageFile]:
-    """Reference and samples, named or found.
-
-    Raises:
-        ValueError, FileNotFoundError: for all that a user can mend.
-    """
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
-    samples = ImageFile(args.samples or find_samples(args.log_dir))
-    return ImageFile(args.reference or find_reference(samples)), samples
-
-
-def inspect(reference: ImageFile, samples: ImageFile) -> list[str]:
-    """Print what the files hold. Returns warnings, which are printed too.
-
-    Raises:
-        ValueError: if scores would be meaningless.
-    """
-    print(f"reference: {reference.path}\nsamples: {samples.path}")
-    found = [*check_pair(reference, samples), *check_images(reference), *check_images(samples)]
-    print(f"labels: {label_histogram(samples) or 'none stored'}")
-    warn(found)
-    return found
-
-
-def warn(messages: list[str]) -> None:
-    for message in messages:
-        print(f"warning: {message}", file=sys.stderr)
-
-
-def evaluate(args: argparse.Namespace, world: World) -> Scores:
-    """Check, load, score; rank 0 prints what it finds.
-
-    Raises:
-        ValueError, FileNotFoundError: for all that a user can mend.
-    """
-    reference, samples = main_first(world, lambda: open_files(args))
-    found = on_main(world, lambda: inspect(reference, samples))
-    backend = main_first(world, lambda: create_backend(args.backend, args.weights, args.features, args.device))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SingularCovarianceWarning)
-        statistics = load_reference(reference.path, backend, True, args.batch_size, progress=True)
-        first, last = share(samples.count)
-        batches = samples.batches(args.batch_size, first, last)
-        scores = score_images(batches, statistics, backend, True, args.pr_fp16, total=last - first)
-    if world.is_main:
-        late = [str(entry.message) for entry in caught if issubclass(entry.category, SingularCovarianceWarning)]
-        warn(late)
-        print(f"features: {backend.name} on {backend.device}", *statistics.origin, sep="\n")
-        report(scores)
-        if args.json:
-            about = {"reference": str(reference.path), "samples": str(samples.path), "features": backend.name}
-            write_json(args.json, {**asdict(scores), **about, "origin": statistics.origin, "warnings": found + late})
-    return scores
-
-
-def main_first(world: World, function: Callable[[], T]) -> T:
-    """Call a function on rank 0, then on the others, which find the downloads of rank 0; its error is everyone's."""
-    made: list[T] = []
-    on_main(world, lambda: made.append(function()))
-    return made[0] if made else function()
-
-
-def report(scores: Scores) -> None:
-    """The numbers, with the names and in the order of ADM."""
-    for field, label in _LABELS.items():
-        value = getattr(scores, field)
-        if value is not None:
-            print(f"{label}: {value}")
-
-
-def write_json(path: Path, content: dict[str, object]) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def self_test(scores: Scores) -> bool:
-    """Whether the scores of the public pair are the published ones."""
-    good = True
-    for field, (expected, tolerance) in _PUBLIC.items():
-        value = getattr(scores, field)
-        fits = value is not None and abs(value - expected) <= tolerance
-        good &= fits
-        print(f"{'ok  ' if fits else 'FAIL'} {_LABELS[field]}: {value}, published {expected} (± {tolerance})")
-    return good
-
-
 def main(arguments: list[str] | None = None) -> int:
     """0 if all went well, 1 if the self-test failed, 2 for what the user can mend."""
     args = parse(arguments)
     world = World()
     try:
-        args.device = resolve_device(args.device)
-        world = start(args.device)
+        device = resolve_device(args.device)
+        world = start(device)
+        files = args.reference, args.samples
         if args.self_test:
-            args.reference, args.samples = cached(REFERENCES[256]), cached(SELF_TEST_SAMPLES)
-        scores = evaluate(args, world)
+            files = cached(REFERENCES[256]), cached(SELF_TEST_SAMPLES)
+        log_dirs = [args.log_dir] if args.log_dir else [Path("logs"), _PROJECT / "logs"]
+        choices = (args.backend, args.weights, args.features, device)
+        scores = evaluate(
+            *files, lambda: create_backend(*choices), world, args.batch_size, args.pr_fp16, args.json, log_dirs
+        )
         return 0 if not args.self_test or self_test(scores) else 1
     except (ValueError, FileNotFoundError) as error:
         if world.is_main:

@@ -5,24 +5,14 @@ images and 10,000 of them, as ADM's references do: moments for FID and sFID, ima
 """
 
 import argparse
-import os
 import sys
-import zipfile
 from pathlib import Path
 
-# Run as a file, this folder comes first in the search path, where its statistics.py would hide Python's own module.
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from diffit.device import resolve_device
-from diffit.evaluation.backends import Backend, create_backend
-from diffit.evaluation.reader import Images
-from diffit.evaluation.scores import collect
-from diffit.evaluation.sources import ImageSource, open_source
+from diffit.evaluation.features import create_backend
+from diffit.evaluation.reference import make_reference, open_source
 from evaluations.evaluator import add_backend_flags
 
 
@@ -37,34 +27,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_root", default="data", help="where torchvision keeps its data sets (default: data)")
     add_backend_flags(parser)
     return parser.parse_args(arguments)
-
-
-def make_reference(source: ImageSource, out: Path, backend: Backend, num_images: int, seed: int, batch: int) -> None:
-    """Write moments of all images of the source and `num_images` of the images themselves."""
-    found = collect(source.batches(batch, 0, source.count), backend, source.count, "features")
-    arrays: dict[str, NDArray] = {"mu": found.moments.mean, "sigma": found.moments.covariance()}
-    if found.spatial is not None:
-        arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance()}
-    arrays["features"] = np.array(backend.name)
-    chosen = np.random.default_rng(seed).permutation(source.count)[:num_images]
-    _write(out, arrays, source, np.sort(chosen))
-
-
-def _write(out: Path, arrays: dict[str, NDArray], source: ImageSource, chosen: NDArray[np.int64]) -> None:
-    """The .npz, image by image; it appears under its name when whole."""
-    temporary = out.with_name(f"{out.name}.part")
-    with zipfile.ZipFile(temporary, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array))
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            shape = (len(chosen), *source.image_shape)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(member, header)
-            for number in tqdm(chosen, "storing images", leave=False):
-                image: Images = source[int(number)]
-                member.write(image.tobytes())
-    os.replace(temporary, out)
 
 
 def main(arguments: list[str] | None = None) -> int:

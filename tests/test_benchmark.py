@@ -57,7 +57,8 @@ def test_one_case(tmp_path):
     assert sampling["baseline"]["max_error"] == sampling["baseline"]["pixels"] == 0
     assert sampling["default"]["max_error"] < 1e-4
     assert 0 < sampling["--fast True"]["rms_error"] < 0.02
-    assert 0 < sampling["--fast True"]["pixels"] < 0.5
+    if sampling["--fast True"]["precision"] != "fp32":  # which only differs by rounding, in hardly a value
+        assert 0 < sampling["--fast True"]["pixels"] < 0.5
     assert all(row["images_per_s"] > 0 for row in case["training"])
 
 
@@ -87,7 +88,8 @@ def test_skipped_guidance_is_measured_where_it_is_skipped():
     )
     rows = measure_sampling(Case("small", config, 2, trained=False), random_network(), CPU, rounds=1, seconds=0)
     found = {row.variant: row for row in rows}
-    assert found["default"].max_error < 1e-4 < found["--fast True"].max_error
+    assert found["default"].max_error < 1e-4
+    assert 0 < found["--fast True"].max_error < 0.05
     flops = {name: row.peak_share * row.ms for name, row in found.items() if row.precision == "fp32"}
     assert flops["default"] == pytest.approx(flops["baseline"])
     if found["--fast True"].precision == "fp32":  # 32% of the steps cost half

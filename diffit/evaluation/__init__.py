@@ -1,6 +1,7 @@
 """How good are samples: FID, sFID, Inception Score, precision and recall, as ADM (Dhariwal & Nichol 2021) reports them.
 
-Rooms: `reader` (images out of files), `checks` (before hours are spent), `backends` (images -> features), `statistics`
-(moments, Fréchet distance, Inception Score), `manifold` (precision and recall), `scores` (all of them together, also
-from training), `references` (what to compare with); `evaluator`, `make_reference` and `benchmark` are commands.
+`features` turns images into features, by `inception` or a classifier of your own. `statistics` (moments, Fréchet
+distance, Inception Score) and `manifold` (precision and recall) compare them; `scores` has all numbers together, also
+for training. `reader` opens .npz files, `checks` inspects them before hours are spent, `reference` finds or makes what
+samples are compared with, and `evaluate` is the evaluator's work.
 """

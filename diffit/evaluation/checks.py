@@ -48,7 +48,7 @@ def check_pair(reference: ImageFile, samples: ImageFile) -> list[str]:
     return found
 
 
-def check_images(file: ImageFile, progress: bool = True) -> list[str]:
+def check_images(file: ImageFile) -> list[str]:
     """Look at every image once. Returns warnings about constant and repeated images and the label histogram.
 
     Raises:
@@ -56,9 +56,7 @@ def check_images(file: ImageFile, progress: bool = True) -> list[str]:
     """
     constant, repeated, highest = 0, 0, 0
     seen: set[bytes] = set()
-    with tqdm(
-        total=file.count, desc=f"checking {file.path.name}", unit="img", disable=not progress, leave=False
-    ) as bar:
+    with tqdm(total=file.count, desc=f"checking {file.path.name}", unit="img", leave=False) as bar:
         for batch in file.batches(256):
             flat = batch.reshape(len(batch), -1)
             constant += int((flat.min(axis=1) == flat.max(axis=1)).sum())
@@ -77,40 +75,37 @@ def check_images(file: ImageFile, progress: bool = True) -> list[str]:
         found.append(f"{file.path.name}: {constant} of {file.count} images are constant (one value everywhere)")
     if repeated:
         found.append(f"{file.path.name}: {repeated} of {file.count} images repeat an earlier one exactly")
-    return found + _check_labels(file)
+    labels = file.array("arr_1")
+    if labels is None:
+        return found
+    unusable = _unusable(file, labels)
+    if unusable:
+        return [*found, unusable]
+    counts = np.bincount(labels)
+    expected = counts.mean()
+    # Pearson's statistic of labels drawn evenly has mean K - 1 and variance 2 (K - 1); 5 deviations are no accident.
+    excess = ((counts - expected) ** 2 / expected).sum() - (len(counts) - 1)
+    if excess > 5 * np.sqrt(2 * len(counts)):
+        found.append(
+            f"{file.path.name}: classes are more uneven than chance, {counts.min()} to {counts.max()} images each, "
+            f"{int((counts == 0).sum())} of {len(counts)} classes have none"
+        )
+    return found
 
 
 def label_histogram(file: ImageFile) -> str | None:
     """The number of images per class in one line, if the file has labels."""
     labels = file.array("arr_1")
-    if labels is None or _label_fault(file, labels):
+    if labels is None or _unusable(file, labels):
         return None
     classes, counts = np.unique(labels, return_counts=True)
     return f"{len(classes)} classes, {counts.min()} to {counts.max()} images each (mean {counts.mean():.1f})"
 
 
-def _label_fault(file: ImageFile, labels: NDArray) -> str | None:
+def _unusable(file: ImageFile, labels: NDArray) -> str | None:
+    """Why labels are not used, if they are not."""
     if labels.shape != (file.count,):
         return f"{file.path.name}: arr_1 has shape {list(labels.shape)}, not one label per image; it is not used"
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         return f"{file.path.name}: arr_1 holds {labels.dtype} values, not class numbers; it is not used"
     return None
-
-
-def _check_labels(file: ImageFile) -> list[str]:
-    labels = file.array("arr_1")
-    if labels is None:
-        return []
-    fault = _label_fault(file, labels)
-    if fault:
-        return [fault]
-    counts = np.bincount(labels)
-    expected = counts.mean()
-    # Pearson's statistic of labels drawn evenly has mean K - 1 and variance 2 (K - 1); 5 deviations are no accident.
-    excess = ((counts - expected) ** 2 / expected).sum() - (len(counts) - 1)
-    if excess <= 5 * np.sqrt(2 * len(counts)):
-        return []
-    return [
-        f"{file.path.name}: classes are more uneven than chance, {counts.min()} to {counts.max()} images each, "
-        f"{int((counts == 0).sum())} of {len(counts)} classes have none"
-    ]

@@ -7,7 +7,7 @@ Whoever knows the right hash can put it there first. torch-fidelity's file carri
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
 import re
 import urllib.error
@@ -15,6 +15,8 @@ import urllib.request
 from pathlib import Path
 
 from tqdm import tqdm
+
+from diffit.files import sha256, write_atomically
 
 _ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
 INCEPTION_GRAPH = "classify_image_graph_def.pb"
@@ -60,31 +62,13 @@ def verify(path: Path) -> None:
     in_name = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     expected = note.read_text().split()[0] if note.is_file() else in_name[1] if in_name else None
     if expected is None:
-        _remember(note, f"{digest}  {path.name}\n")
+        with contextlib.suppress(OSError):  # in a folder that cannot be written, the next use is again the first
+            write_atomically(note, f"{digest}  {path.name}\n".encode())
     elif not digest.startswith(expected):
         raise ValueError(
             f"{path} was altered or damaged: its SHA-256 starts with {digest[:8]}, expected {expected[:8]}; delete it "
             f"to have it fetched again (or {note.name} if the change was meant)"
         )
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        result = hashlib.sha256()
-        while block := file.read(1 << 22):
-            result.update(block)
-    return result.hexdigest()
-
-
-def _remember(note: Path, content: str) -> None:
-    """Write the note; in a folder that cannot be written there is none, and the next use is again the first."""
-    temporary = note.with_name(f"{note.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(content)
-        os.replace(temporary, note)
-    except OSError:
-        return
 
 
 def _download(url: str, path: Path) -> None:

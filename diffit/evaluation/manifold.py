@@ -8,6 +8,7 @@ Letters: N, M points, D features, B points of a block, k neighbours.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,17 +127,5 @@ def _half_norms(points: Tensor) -> Tensor:
         return _half_norms(points[:, :middle]) + _half_norms(points[:, middle:])
     lanes = torch.nn.functional.pad(squares, (0, -count % 8)).view(len(points), -1, 8)
     whole = lanes.shape[1] // 4 * 4
-    total = torch.zeros_like(lanes[:, 0])
-    for accumulator in range(min(4, whole)):
-        total = total + _running_sum(lanes[:, accumulator:whole:4])
-    for rest in range(whole, lanes.shape[1]):
-        total = total + lanes[:, rest]
-    return total.float().sum(dim=1).half()
-
-
-def _running_sum(lanes: Tensor) -> Tensor:
-    """The sum over the second axis, rounded to float16 after every term. lanes: [N, count, 8]."""
-    total = lanes[:, 0]
-    for index in range(1, lanes.shape[1]):
-        total = total + lanes[:, index]
-    return total
+    accumulators = [reduce(torch.add, lanes[:, i:whole:4].unbind(1)) for i in range(min(4, whole))]
+    return reduce(torch.add, [*accumulators, *lanes[:, whole:].unbind(1)]).float().sum(dim=1).half()

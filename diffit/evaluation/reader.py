@@ -50,9 +50,18 @@ class ImageFile:
                 f"{self.path} holds no array 'arr_0' (it holds {found}): save images [N, H, W, C] as arr_0"
             )
         with self._open("arr_0") as (_, shape, dtype):
-            self._check(shape, dtype)
-            self.count = shape[0]
-            self.image_shape: tuple[int, int, int] = shape[1:]  # type: ignore[assignment]
+            if len(shape) != 4 or shape[-1] not in (1, 3):
+                raise ValueError(
+                    f"{self.path}: arr_0 has shape {[*shape]}, but images [N, H, W, C] with 1 or 3 channels are needed"
+                )
+            if dtype != np.uint8:
+                raise ValueError(
+                    f"{self.path}: arr_0 holds {dtype} images{self._range()}, but uint8 in 0..255 is needed; convert "
+                    "them as the sampler does, ((x + 1) * 127.5) clamped to 0..255, if they are in -1..1"
+                )
+            if 0 in shape:
+                raise ValueError(f"{self.path}: arr_0 is empty, shape {[*shape]}")
+            self.count, self.image_shape = shape[0], shape[1:]
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Images]:
         """Images start, ..., stop - 1 as [B, H, W, C], in order, B = size but for the last.
@@ -99,19 +108,6 @@ class ImageFile:
         except _DAMAGED as error:
             raise ValueError(f"{self.path} is not a whole .npz file ({error}): make or download it again") from error
 
-    def _check(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        if len(shape) != 4 or shape[-1] not in (1, 3):
-            raise ValueError(
-                f"{self.path}: arr_0 has shape {list(shape)}, but images [N, H, W, C] with 1 or 3 channels are needed"
-            )
-        if dtype != np.uint8:
-            raise ValueError(
-                f"{self.path}: arr_0 holds {dtype} images{self._range()}, but uint8 in 0..255 is needed; convert them "
-                "as the sampler does, ((x + 1) * 127.5) clamped to 0..255, if they are in -1..1"
-            )
-        if 0 in shape:
-            raise ValueError(f"{self.path}: arr_0 is empty, shape {list(shape)}")
-
     def _range(self) -> str:
         """The values of the first images of another type, in words."""
         with self._open("arr_0") as (stream, shape, dtype):
@@ -123,8 +119,3 @@ class ImageFile:
         finite = values[np.isfinite(values)]
         span = f" between {finite.min():g} and {finite.max():g}" if len(finite) else ""
         return f"{span}{f', {bad} of the first {len(values)} values NaN or infinite,' if bad else ''}"
-
-
-def to_rgb(images: Images) -> Images:
-    """Grey images [B, H, W, 1] with their channel three times; colour images as they are."""
-    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images

@@ -1,13 +1,6 @@
-"""All scores together: features of images, gathered over processes, compared with a reference.
+"""All scores together: features of images, gathered over ranks, compared with a reference.
 
-From training, with the reference made ready once and a batch of generated images at a time:
-
-    backend = create_backend("torch", device=device)
-    reference = load_reference("VIRTUAL_imagenet256_labeled.npz", backend)
-    scores = score_images(batches, reference, backend, manifold=False)   # batches: iterable of uint8 [B, H, W, C]
-    scores.fid
-
-Every process calls `score_images` with its own share of the images, and every process gets the scores of all of them.
+Every rank calls `score_images` with its own share of the images, and every rank gets the scores of all of them.
 Letters: N images, B of a batch, D features, K classes, S spatial features.
 """
 
@@ -23,7 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from diffit.evaluation.backends import INCEPTION, Backend
+from diffit.distributed import World, on_main
+from diffit.evaluation.features import INCEPTION, Backend
 from diffit.evaluation.manifold import precision_recall
 from diffit.evaluation.reader import ImageFile, Images
 from diffit.evaluation.statistics import Floats, Moments, frechet_distance, inception_score
@@ -48,7 +42,7 @@ class Collected:
     pool: NDArray[np.float32]  # [N, D]
     probabilities: NDArray[np.float32]  # [N, K]
     moments: Moments  # of pool
-    spatial: Moments | None
+    spatial: Moments  # empty where a backend has none
 
 
 @dataclass(frozen=True)
@@ -57,29 +51,33 @@ class Reference:
 
     mean: Floats  # [D]
     covariance: Floats  # [D, D]
-    spatial_mean: Floats | None  # [S]
-    spatial_covariance: Floats | None  # [S, S]
+    spatial: tuple[Floats, Floats] | None  # mean [S] and covariance [S, S]
     pool: NDArray[np.float32] | None  # [M, D], for precision and recall
     origin: tuple[str, ...]
 
 
+def _world() -> World:
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
 def share(count: int) -> tuple[int, int]:
-    """The part start, ..., stop - 1 of `count` images that belongs to this process; parts are in order of the ranks."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return count * rank // size, count * (rank + 1) // size
+    """The part start, ..., stop - 1 of `count` images that belongs to this rank; parts are in order of the ranks."""
+    world = _world()
+    return count * world.rank // world.size, count * (world.rank + 1) // world.size
 
 
 def collect(
     batches: Iterable[Images], backend: Backend, total: int | None = None, title: str = "features"
 ) -> Collected:
-    """Run the backend over batches of uint8 images [B, H, W, C]; total: N of this process, for a progress bar.
+    """Run the backend over this rank's batches of uint8 images [B, H, W, C]; total: their N, for a progress bar.
+
+    What is returned holds the images of all ranks, in their order, on rank 0; elsewhere those of the rank alone.
 
     Raises:
         ValueError: if there are no images, or a feature is NaN or infinite.
     """
     pool, probabilities, moments, spatial = [], [], Moments(), Moments()
-    hidden = total is None or (dist.is_initialized() and dist.get_rank() > 0)
-    with tqdm(total=total, desc=title, unit="img", disable=hidden, leave=False) as bar:
+    with tqdm(total=total, desc=title, unit="img", disable=total is None or not _world().is_main, leave=False) as bar:
         for batch in batches:
             features = backend(batch)
             if not np.isfinite(features.pool).all():
@@ -92,21 +90,21 @@ def collect(
             bar.update(len(batch))
     if not pool:
         raise ValueError("there are no images to take features of")
-    return Collected(np.concatenate(pool), np.concatenate(probabilities), moments, spatial if spatial.count else None)
+    return _gather(Collected(np.concatenate(pool), np.concatenate(probabilities), moments, spatial))
 
 
-def _gather(mine: Collected) -> Collected | None:
-    """All processes' parts as one, in the order of the ranks, on rank 0; None elsewhere."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def _gather(mine: Collected) -> Collected:
+    """All ranks' parts as one, on rank 0; elsewhere the rank's own."""
+    world = _world()
+    if world.size == 1:
         return mine
-    parts: list[Collected] | None = [mine] * dist.get_world_size() if dist.get_rank() == 0 else None
+    parts = [mine] * world.size if world.is_main else None
     dist.gather_object(mine, parts, dst=0)
     if parts is None:
-        return None
+        return mine
     for part in parts[1:]:
         mine.moments.merge(part.moments)
-        if mine.spatial is not None and part.spatial is not None:
-            mine.spatial.merge(part.spatial)
+        mine.spatial.merge(part.spatial)
     mine.pool = np.concatenate([part.pool for part in parts])
     mine.probabilities = np.concatenate([part.probabilities for part in parts])
     return mine
@@ -122,20 +120,14 @@ def score_images(
 ) -> Scores:
     """Scores of images against a reference that was loaded with the same backend.
 
-    batches: this process's share, uint8 [B, H, W, C] in any batch sizes; manifold: also precision and recall, whose
-    cost grows with N²; pr_fp16: those in ADM's half precision; total: images of this process, shows progress bars.
+    batches: this rank's share, uint8 [B, H, W, C] in any batch sizes; manifold: also precision and recall, whose
+    cost grows with N²; pr_fp16: those in ADM's half precision; total: images of this rank, shows progress bars.
 
     Raises:
         ValueError: if there are no images, or reference and samples do not fit.
     """
-    found = _gather(collect(batches, backend, total, "sample features"))
-    scores = None if found is None else _scores(found, reference, backend.device, manifold, pr_fp16, total is not None)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        shared = [scores]
-        dist.broadcast_object_list(shared, src=0)
-        scores = shared[0]
-    assert scores is not None
-    return scores
+    found = collect(batches, backend, total, "sample features")
+    return on_main(_world(), lambda: _scores(found, reference, backend.device, manifold, pr_fp16, total is not None))
 
 
 def _scores(
@@ -143,18 +135,15 @@ def _scores(
 ) -> Scores:
     names = ("reference", "samples")
     fid = frechet_distance(reference.mean, reference.covariance, found.moments.mean, found.moments.covariance(), names)
-    sfid = None
-    if found.spatial is not None and reference.spatial_mean is not None and reference.spatial_covariance is not None:
-        mean, covariance = found.spatial.mean, found.spatial.covariance()
-        sfid = frechet_distance(reference.spatial_mean, reference.spatial_covariance, mean, covariance, names)
-    precision = recall = None
+    sfid = precision = recall = None
+    if found.spatial.count and reference.spatial is not None:
+        sfid = frechet_distance(*reference.spatial, found.spatial.mean, found.spatial.covariance(), names)
     if manifold:
         if reference.pool is None:
             raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
         reference_pool, pool = (torch.from_numpy(x).to(device) for x in (reference.pool, found.pool))
         precision, recall = precision_recall(reference_pool, pool, fp16=pr_fp16, progress=progress)
-    score = inception_score(found.probabilities)
-    return Scores(score, fid, sfid, precision, recall, found.moments.count)
+    return Scores(inception_score(found.probabilities), fid, sfid, precision, recall, found.moments.count)
 
 
 def load_reference(
@@ -169,29 +158,30 @@ def load_reference(
     """
     file = ImageFile(path)
     stored, spatial_stored = _stored(file, "mu", "sigma", backend), _stored(file, "mu_s", "sigma_s", backend)
-    found = None
+    found: Collected | None = None
     if manifold or stored is None or (spatial_stored is None and backend.name == INCEPTION):
         start, stop = share(file.count)
         batches = file.batches(batch_size, start, stop)
-        found = _everywhere(
-            _gather(collect(batches, backend, stop - start if progress else None, "reference features"))
-        )
-    if stored is None:
-        assert found is not None
-        stored = found.moments.mean, found.moments.covariance()
-        origin = [f"FID: statistics of the {file.count} images of {file.path.name}"]
-    else:
-        origin = [f"FID: statistics stored in {file.path.name} (mu, sigma), of its whole data set"]
-    if spatial_stored is not None:
-        origin.append(f"sFID: statistics stored in {file.path.name} (mu_s, sigma_s), of its whole data set")
-    elif found is not None and found.spatial is not None:
-        spatial_stored = found.spatial.mean, found.spatial.covariance()
-        origin.append(f"sFID: statistics of the {file.count} images of {file.path.name}")
-    if manifold:
-        origin.append(f"Precision, Recall: the {file.count} images of {file.path.name}")
-    spatial_mean, spatial_covariance = spatial_stored or (None, None)
-    pool = found.pool if manifold and found is not None else None
-    return Reference(*stored, spatial_mean, spatial_covariance, pool, tuple(origin))
+        found = collect(batches, backend, stop - start if progress else None, "reference features")
+    origin: list[str] = []
+
+    def chosen(score: str, names: str, kept: tuple[Floats, Floats] | None, own: Moments) -> tuple[Floats, Floats]:
+        if kept is not None:
+            origin.append(f"{score}: statistics stored in {file.path.name} ({names}), of its whole data set")
+            return kept
+        origin.append(f"{score}: statistics of the {file.count} images of {file.path.name}")
+        return own.mean, own.covariance()
+
+    def reference() -> Reference:
+        own, own_spatial = (found.moments, found.spatial) if found else (Moments(), Moments())
+        moments, spatial = chosen("FID", "mu, sigma", stored, own), None
+        if spatial_stored is not None or own_spatial.count:
+            spatial = chosen("sFID", "mu_s, sigma_s", spatial_stored, own_spatial)
+        if manifold:
+            origin.append(f"Precision, Recall: the {file.count} images of {file.path.name}")
+        return Reference(*moments, spatial, found.pool if manifold and found else None, tuple(origin))
+
+    return on_main(_world(), reference)
 
 
 def _stored(file: ImageFile, mean_name: str, covariance_name: str, backend: Backend) -> tuple[Floats, Floats] | None:
@@ -208,12 +198,3 @@ def _stored(file: ImageFile, mean_name: str, covariance_name: str, backend: Back
             "together: make the reference again"
         )
     return mean.astype(np.float64), covariance.astype(np.float64)
-
-
-def _everywhere(found: Collected | None) -> Collected | None:
-    """What rank 0 has, on every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        shared = [found]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
-    return found

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from diffit.evaluation.backends import create_backend
+from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images, share
 from diffit.training.config import EvaluationConfig
 from diffit.training.samples import TrainingSampler

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffit.evaluation import downloads
-from diffit.evaluation.backends import create_backend
+from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images
 from diffit.evaluation.statistics import frechet_distance, inception_score
 from evaluations.evaluator import main as evaluator_main

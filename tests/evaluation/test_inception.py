@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffit.evaluation.backends import create_backend
-from diffit.evaluation.inception_weights import block_names, load_state
+from diffit.evaluation.features import create_backend
+from diffit.evaluation.inception import block_names, load_state
 from diffit.evaluation.scores import load_reference, score_images
 from diffit.evaluation.statistics import SingularCovarianceWarning
 from tests.conftest import GOLDEN

@@ -5,7 +5,7 @@ import pytest
 
 from diffit.cli.sample import parse_sample
 from diffit.cli.train import parse_train
-from diffit.evaluation.backends import create_backend
+from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images
 from diffit.sampling.generate import generate
 from tests.conftest import ROOT

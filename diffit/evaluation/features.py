@@ -1,0 +1,150 @@
+"""What turns images into features: Inception in PyTorch or TensorFlow, or any classifier of your own.
+
+A classifier joins in by a Python module with one function, as `inception.py` has it:
+
+    load_features(path: Path | None, device: torch.device)
+        -> callable (images: uint8 tensor [B, H, W, C] on that device) -> (features [B, D], probabilities [B, K])
+
+It is named `--features module:path`: an importable module or a .py file, and the checkpoint to hand to it.
+Letters: B images of a batch, D features, K classes, S spatial features.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffit.evaluation.downloads import INCEPTION_GRAPH, INCEPTION_STATE, cache_folder, cached, verify
+from diffit.evaluation.reader import Images
+from diffit.files import sha256
+
+INCEPTION = "inception-2015"
+Extract = Callable[[Tensor], Sequence[Any]]
+
+
+class Features(NamedTuple):
+    """What a backend says about a batch, float32."""
+
+    pool: NDArray[np.float32]  # [B, D]
+    probabilities: NDArray[np.float32]  # [B, K]
+    spatial: NDArray[np.float32] | None = None  # [B, S], where sFID is defined
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Images [B, H, W, C] uint8 -> features. Backends of one name give the same features, so they share references.
+
+    Args:
+        name: of the features.
+        device: where images are handed over, and distances computed later.
+        extract: what `load_features` returned; may give spatial features [B, S] as a third.
+    """
+
+    name: str
+    device: torch.device
+    extract: Extract
+
+    @torch.no_grad()
+    def __call__(self, images: Images) -> Features:
+        found = self.extract(torch.from_numpy(images.copy()).to(self.device))
+        return Features(*(torch.as_tensor(part).float().cpu().numpy() for part in found))
+
+
+def create_backend(
+    kind: str = "torch",
+    weights: str | Path | None = None,
+    features: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Backend:
+    """The backend that these choices name.
+
+    kind: 'torch' or 'tensorflow', both with the Inception weights of 2015; weights: their file, else it is looked for
+    in the cache and fetched; features: 'module:path' of a classifier that is used instead.
+
+    Raises:
+        ValueError: if a choice is unknown, a file is damaged, or a package is missing.
+        FileNotFoundError: if the weights are not there and cannot be fetched.
+    """
+    device = torch.device(device)
+    if features is not None:
+        return _classifier(features, device)
+    if kind not in ("torch", "tensorflow"):
+        raise ValueError(f"unknown backend '{kind}': choose torch or tensorflow")
+    path = _inception_weights(kind, weights)
+    try:
+        if kind == "torch":
+            from diffit.evaluation import inception
+
+            extract: Extract = inception.load_features(path, device)
+        else:
+            from diffit.evaluation import inception_tensorflow
+
+            extract = inception_tensorflow.load_features(path, device)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the {kind} backend needs the package {error.name}: pip install 'diffit[eval]'") from error
+    return Backend(INCEPTION, device, lambda images: extract(to_rgb(images)))
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """Grey images [B, H, W, 1] with their channel three times; colour images as they are."""
+    return images.expand(-1, -1, -1, 3).contiguous()
+
+
+def _classifier(spec: str, device: torch.device) -> Backend:
+    """The backend of 'module:path' (see above)."""
+    module_name, _, path = spec.rpartition(":")
+    if not module_name or not path:
+        raise ValueError(f"--features {spec}: write MODULE:CHECKPOINT, as in my_classifier.py:weights.safetensors")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--features {spec}: the checkpoint {path} does not exist")
+    load_features = getattr(_import(module_name), "load_features", None)
+    if load_features is None:
+        raise ValueError(f"--features {spec}: {module_name} has no function load_features(path, device)")
+    name = f"{Path(module_name).stem}-{sha256(Path(path))[:12]}"
+    return Backend(name, device, load_features(Path(path), device))
+
+
+def _import(name: str) -> ModuleType:
+    """An importable module, or a .py file."""
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        if not Path(name).is_file():
+            raise ValueError(f"--features: the module {name} does not exist")
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses of the module look themselves up there
+        spec.loader.exec_module(module)
+        return module
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--features: the module {name} cannot be imported ({error})") from error
+
+
+def _inception_weights(kind: str, weights: str | Path | None) -> Path:
+    """The weights file: the one named, one of the cache, one that torch-fidelity has fetched, or the graph, fetched."""
+    if weights is None:
+        folders = [cache_folder(), Path(torch.hub.get_dir()) / "checkpoints"]
+        converted = [folder / INCEPTION_STATE for folder in folders if (folder / INCEPTION_STATE).is_file()]
+        if kind == "tensorflow" or (cache_folder() / INCEPTION_GRAPH).is_file() or not converted:
+            return cached(INCEPTION_GRAPH)
+        weights = converted[0]
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"the Inception weights {path} do not exist: name a {INCEPTION_GRAPH}")
+    if kind == "tensorflow" and path.suffix != ".pb":
+        raise ValueError(f"the tensorflow backend reads a frozen graph (.pb), not {path.name}: use --backend torch")
+    verify(path)
+    return path

@@ -1,0 +1,167 @@
+"""References: found among the public ones, or made of a folder, a ZIP, an .npz, or a torchvision data set.
+
+Letters: N images, H x W x C of one.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from diffit.data.crop import centre_crop
+from diffit.data.files import SUFFIXES
+from diffit.evaluation.downloads import REFERENCES, cached
+from diffit.evaluation.features import Backend
+from diffit.evaluation.reader import ImageFile, Images
+from diffit.evaluation.scores import collect
+from diffit.files import npz_member
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def find_reference(samples: ImageFile) -> Path:
+    """ADM's reference for the size of these samples, from the cache or fetched.
+
+    Raises:
+        ValueError, FileNotFoundError: if there is none for the size, or it cannot be fetched.
+    """
+    height, width = samples.image_shape[:2]
+    if height != width or height not in REFERENCES:
+        raise ValueError(
+            f"there is no public reference for {height}x{width} images: make one with evaluations/make_reference.py"
+        )
+    return cached(REFERENCES[height])
+
+
+class ImageSource:
+    """Images by number, all of one shape.
+
+    Args:
+        count: N.
+        read: number -> picture.
+        image_size: side to which images are cropped and resized; None leaves them as they are.
+        padding: black pixels added on every side afterwards.
+
+    Raises:
+        ValueError: if there are none.
+    """
+
+    def __init__(self, count: int, read: Callable[[int], Image], image_size: int | None, padding: int) -> None:
+        if not count:
+            raise ValueError("the source holds no images (.png, .jpg, .webp or .bmp)")
+        self.count, self._read, self._size, self._padding = count, read, image_size, padding
+        self.image_shape = self[0].shape
+
+    def __getitem__(self, number: int) -> Images:
+        """Image [H, W, 1 or 3].
+
+        Raises:
+            ValueError: if it cannot be read, or its shape is not that of the first.
+        """
+        try:
+            picture = self._read(number)
+            picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+            if self._size is not None:
+                picture = centre_crop(picture, self._size)
+            pixels = np.array(picture, np.uint8)
+        except OSError as error:
+            raise ValueError(f"image {number} of the source cannot be read ({error}): remove or replace it") from error
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        pixels = np.pad(pixels, ((self._padding,) * 2, (self._padding,) * 2, (0, 0)))
+        if number and pixels.shape != self.image_shape:
+            raise ValueError(
+                f"image {number} of the source is {pixels.shape} and the first is {self.image_shape}: "
+                "give --image_size to bring all to one size"
+            )
+        return pixels
+
+    def batches(self, size: int) -> Iterator[Images]:
+        """All images as [B, H, W, C]."""
+        for first in range(0, self.count, size):
+            yield np.stack([self[number] for number in range(first, min(first + size, self.count))])
+
+
+def open_source(name: str, image_size: int | None = None, root: str = "data", padding: int = 0) -> ImageSource:
+    """The data set that a name means: a folder (with subfolders), a .zip, an .npz, or 'torchvision:CIFAR10'.
+
+    root: where torchvision keeps its data sets, to which it downloads missing ones.
+
+    Raises:
+        ValueError: if there is no such data set, or it holds no images.
+        FileNotFoundError: if a file is not there, or cannot be downloaded.
+    """
+    count, read = _pictures(name, root)
+    return ImageSource(count, read, image_size, padding)
+
+
+def _pictures(name: str, root: str) -> tuple[int, Callable[[int], Image]]:
+    """How many pictures a data set has, and the function that reads one."""
+    from PIL import Image
+
+    path = Path(name)
+    if name.startswith("torchvision:"):
+        items = _torchvision(name.partition(":")[2], root)
+        return len(items), lambda number: items[number][0]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        return len(files), lambda number: Image.open(files[number])
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is no folder, .zip or .npz, and does not start with 'torchvision:'")
+    if path.suffix == ".npz":  # must fit into memory here: images are asked for by number
+        images = np.concatenate([*ImageFile(path).batches(1024)])
+        return len(images), lambda number: Image.fromarray(images[number].squeeze())
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{name} is not a whole .zip file: make or download it again") from error
+    members = sorted(member for member in archive.namelist() if Path(member).suffix.lower() in SUFFIXES)
+    return len(members), lambda number: Image.open(archive.open(members[number]))
+
+
+def _torchvision(name: str, root: str) -> Sequence[Any]:
+    """A torchvision data set's training part, from disk or downloaded."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, name, None)
+    if kind is None:
+        raise ValueError(
+            f"torchvision has no data set '{name}'; its names are CIFAR10, CIFAR100, FashionMNIST, STL10, ..."
+        )
+    try:
+        return kind(root, download=True)
+    except TypeError:  # some have no download
+        return kind(root)
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"torchvision's {name} is not under {root} and cannot be downloaded ({error}): put its files there"
+        ) from error
+
+
+def make_reference(source: ImageSource, out: Path, backend: Backend, num_images: int, seed: int, batch: int) -> None:
+    """Write moments of all images of the source and `num_images` of the images themselves, drawn with the seed.
+
+    The file appears under its name when whole.
+    """
+    found = collect(source.batches(batch), backend, source.count)
+    arrays: dict[str, NDArray] = {"mu": found.moments.mean, "sigma": found.moments.covariance()}
+    if found.spatial.count:
+        arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance()}
+    arrays["features"] = np.array(backend.name)
+    chosen = np.sort(np.random.default_rng(seed).permutation(source.count)[:num_images])
+    temporary = out.with_name(f"{out.name}.part")
+    with zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            with npz_member(archive, name, array.dtype, array.shape) as member:
+                member.write(array.tobytes())
+        with npz_member(archive, "arr_0", np.dtype(np.uint8), (len(chosen), *source.image_shape)) as member:
+            for number in tqdm(chosen, "storing images", leave=False):
+                member.write(source[number].tobytes())
+    os.replace(temporary, out)
