@@ -30,7 +30,8 @@ from diffit.distributed import World
 from diffit.fast import compiles, fast_precision
 from diffit.training.config import TrainConfig
 from diffit.training.ema import EMA
-from diffit.training.step import Stepper
+from diffit.training.parallel import parallelize
+from diffit.training.step import TrainState, create_process, train_step
 
 BATCHES = "its batches alone (from a cache)"
 _PASSES = 3  # a backward pass has two products for each one of the forward pass
@@ -86,8 +87,10 @@ def ways_to_train(device: torch.device, compiled: bool) -> dict[str, Way]:
     return ways | {"all": Way(False, low, True, True, compiled)}
 
 
-def build_stepper(way: Way, case: Case, model: nn.Module, average: EMA, device: torch.device) -> Stepper:
-    """What takes a step in this way. The average is shared with other ways, the weights' memory too."""
+def build_state(
+    way: Way, case: Case, model: nn.Module, average: EMA, device: torch.device
+) -> tuple[TrainState, TrainConfig]:
+    """What a step in this way changes, and its config. Average and weights' memory are shared with other ways."""
     network = twin(model).train()
     if way.plain_attention:
         network = with_plain_attention(network)
@@ -101,26 +104,33 @@ def build_stepper(way: Way, case: Case, model: nn.Module, average: EMA, device: 
         compile=way.compiled,
         batch_size=case.batch_size,
     )
-    stepper = Stepper(network, [ema], config, device, World())
-    if not way.fused_optimizer:
-        settings = config.optimizer
-        stepper.optimizer = torch.optim.AdamW(
-            stepper.trained, settings.lr, settings.betas, weight_decay=0.0, foreach=False, fused=False
-        )
-    return stepper
+    settings = config.optimizer
+    trained = [p for p in network.parameters() if p.requires_grad]
+    plain = {} if way.fused_optimizer else {"foreach": False}
+    state = TrainState(
+        model=network,
+        forward=parallelize(network, config, device, World()),
+        emas={"ema": ema},
+        process=create_process(config.process_config),
+        optimizer=torch.optim.AdamW(
+            trained, settings.lr, settings.betas, weight_decay=0.0, fused=way.fused_optimizer, **plain
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=way.precision == "fp16"),
+    )
+    return state, config
 
 
-def share_moments(steppers: list[Stepper]) -> None:
+def share_moments(optimizers: list[torch.optim.Optimizer]) -> None:
     """One set of moments for all of them, so that a large network fits."""
-    first = steppers[0]
-    on_device = first.optimizer.defaults["fused"] and first.device.type == "cuda"
-    for parameter in first.trained:
-        step = torch.zeros((), device=first.device if on_device else "cpu")
+    first, *others = optimizers
+    trained = first.param_groups[0]["params"]
+    for number, parameter in enumerate(trained):
+        on_device = first.defaults["fused"] and parameter.device.type == "cuda"
+        step = torch.zeros((), device=parameter.device if on_device else "cpu")
         moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        first.optimizer.state[parameter] = {"step": step, **moments}
-    for stepper in steppers[1:]:
-        for own, other in zip(stepper.trained, first.trained, strict=True):
-            stepper.optimizer.state[own] = first.optimizer.state[other]
+        first.state[parameter] = {"step": step, **moments}
+        for other in others:
+            other.state[other.param_groups[0]["params"][number]] = first.state[parameter]
 
 
 class TrainingBenchmark:
@@ -150,13 +160,13 @@ class TrainingBenchmark:
         if hasattr(model, "pos_embed"):
             model.pos_embed.requires_grad_(False)
         average = EMA(model)
-        self.steppers = {name: build_stepper(way, case, model, average, device) for name, way in self.ways.items()}
-        steppers = list(self.steppers.values())
+        self.states = {name: build_state(way, case, model, average, device) for name, way in self.ways.items()}
+        optimizers = [state.optimizer for state, _ in self.states.values()]
         if device.type == "cuda":  # where a fused AdamW counts its steps on the device, the plain one on the host
-            share_moments([s for s in steppers if s.optimizer.defaults["fused"]])
-            share_moments([s for s in steppers if not s.optimizer.defaults["fused"]])
+            share_moments([each for each in optimizers if each.defaults["fused"]])
+            share_moments([each for each in optimizers if not each.defaults["fused"]])
         else:
-            share_moments(steppers)
+            share_moments(optimizers)
         self.batches = case_batches(case, device, folder)
 
     def run(self, rounds: int, seconds: float) -> list[Row]:
@@ -176,11 +186,11 @@ class TrainingBenchmark:
         return [*rows, Row(BATCHES, "", 1e3 * second, plain / second, size / second)]
 
     def _step(self, name: str, batch: Batch) -> None:
-        stepper = self.steppers[name]
+        state, config = self.states[name]
         set_matmul_precision(self.ways[name].precision)
-        stepper.take(batch, 0, asked=False)
-        stepper.settle()
-        stepper.optimizer.zero_grad(set_to_none=True)  # the next way's gradients take their place
+        state.step = 0
+        train_step(state, batch, config, World())
+        state.optimizer.zero_grad(set_to_none=True)  # the next way's gradients take their place
 
 
 def case_batches(case: Case, device: torch.device, folder: Path) -> Batches:

@@ -149,6 +149,10 @@ class ImageDiffiT(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
 
+    def blocks_in_order(self) -> list[nn.Module]:
+        """What training recomputes, and shards, one at a time."""
+        return [block for stage in (*self.encoder, *self.decoder) for block in stage]
+
     def condition(
         self, c_noise: Tensor, y: Tensor | None, augment_labels: Tensor | None, drop_label: Tensor | None
     ) -> Tensor:
