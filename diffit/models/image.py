@@ -155,6 +155,10 @@ class ImageDiffiT(nn.Module):
         nn.init.zeros_(self.head.weight)
         zero_gates(self)
 
+    def blocks_in_order(self) -> list[nn.Module]:
+        """What training recomputes, and shards, one at a time."""
+        return [block for stage in (*self.encoder, *self.decoder) for block in stage]
+
     def condition(
         self, c_noise: Tensor, y: Tensor | None, augment_labels: Tensor | None, drop_label: Tensor | None
     ) -> Tensor:

@@ -92,6 +92,10 @@ class DiffiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         zero_gates(self)
 
+    def blocks_in_order(self) -> list[nn.Module]:
+        """What training recomputes, and shards, one at a time."""
+        return list(self.blocks)
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """x: [B, N, p*p*o], each token in (row, column, channel) order. Returns [B, o, h, w]."""
         side, p = self.input_size // self.patch_size, self.patch_size

@@ -134,8 +134,8 @@ class TrainConfig(ProcessSettings):
         )
 
     @property
-    def averages(self) -> list[float]:
-        """The decays of the averages, or their half-lives if these are set; the one to sample from first."""
+    def ema_rates(self) -> list[float]:
+        """The decays of the EMAs, or their half-lives if these are set; the one to sample from first."""
         given = self.ema_decay if self.ema_half_life is None else self.ema_half_life
         return given if isinstance(given, list) else [given]
 

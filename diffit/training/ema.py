@@ -1,9 +1,12 @@
-"""Exponential moving averages of a network's weights: what is sampled from."""
+"""Exponential moving averages (EMA) of the weights, which are sampled from; their decays, and the learning rate."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
+
+from diffit.training.config import OptimizerConfig, TrainConfig
 
 RAMP_UP = 0.05
 
@@ -25,11 +28,25 @@ def half_life_decay(half_life: float, batch_size: int, step: int) -> float:
     return 0.5 ** (batch_size / ramped) if ramped else 0.0
 
 
+def ema_decays(config: TrainConfig, step: int) -> list[float]:
+    """The decay of each EMA at optimizer step `step`, counted from 1."""
+    if config.ema_half_life is None:
+        return [ramped_decay(decay, step) for decay in config.ema_rates]
+    return [half_life_decay(half_life, config.batch_size, step) for half_life in config.ema_rates]
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of optimizer step `step`, counted from 0, of a run of `steps`."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0
+    return config.lr * warm * decay
+
+
 class EMA:
     """A copy of a network that follows it: average = decay * average + (1 - decay) * weights.
 
     Args:
-        model: the network; its copy, in eval mode and without gradients, is `.model`. If one is sharded over processes,
+        model: the network; its copy, in eval mode and without gradients, is `.model`. If one is sharded over ranks,
             the other must be so too.
     """
 
@@ -43,5 +60,5 @@ class EMA:
 
 
 def _here(model: nn.Module) -> list[Tensor]:
-    """The parameters, or what this process holds of them."""
+    """The parameters, or what this rank holds of them."""
     return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]

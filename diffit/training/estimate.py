@@ -67,7 +67,7 @@ def report(config: TrainConfig, processes: int = 1) -> str:
     found = estimate(network)
     share = processes if config.parallel == "fsdp" else 1
     # Weights, gradients, two moments of AdamW, and the averages, all float32.
-    fixed = 4 * found.parameters * (4 + len(config.averages)) / share
+    fixed = 4 * found.parameters * (4 + len(config.ema_rates)) / share
     at_once = config.batch_size / processes / config.accumulate
     activations = found.activations * at_once / (2 if config.precision in ("bf16", "fp16") else 1)
     if config.activation_checkpointing:

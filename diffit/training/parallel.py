@@ -1,7 +1,7 @@
-"""The network as the training loop calls it: recomputing, compiled, in parallel, under autocast.
+"""The network as the training loop calls it: recomputing, compiled, in parallel.
 
-DDP keeps a whole copy of everything in each process. FSDP2 (`fully_shard`) shares parameters, gradients, optimizer
-state and averages out over the processes, and gathers the parameters of one block at a time.
+DDP keeps a whole copy of everything in each rank. FSDP2 (`fully_shard`) shares parameters, gradients, optimizer
+state and EMAs out over the ranks, and gathers the parameters of one block at a time.
 """
 
 from __future__ import annotations
@@ -16,37 +16,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffit.device import autocast
 from diffit.distributed import World
-from diffit.models.image import DiffiTResBlock
-from diffit.nn.block import BLOCKS
 from diffit.training.config import TrainConfig
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a network, outermost ones only: they are recomputed, and sharded, one at a time.
+    """The blocks that a network names: they are recomputed, and sharded, one at a time.
 
     Raises:
-        ValueError: if it has none of a known kind.
+        ValueError: if it names none.
     """
-    res_blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, DiffiTResBlock)]
-    found = res_blocks or [module for module in model.modules() if isinstance(module, tuple(BLOCKS.values()))]
+    found: list[nn.Module] = getattr(model, "blocks_in_order", list)()
     if not found:
         raise ValueError(
-            "activation checkpointing and FSDP work block by block, and this network has no block of diffit.nn.block: "
-            "leave --activation_checkpointing and --parallel fsdp out, or enter its block in BLOCKS"
+            f"{type(model).__name__} names no blocks to recompute or to shard: give it a method blocks_in_order, or "
+            "train it with --parallel ddp and without --activation_checkpointing"
         )
     return found
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Activation checkpointing: keep what enters each block only, and compute the rest again in the backward pass."""
+def apply_activation_checkpointing(model: nn.Module) -> None:
+    """Keep what enters each block only, and compute the rest again in the backward pass."""
     for block in blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def shard(model: nn.Module, world: World, device: torch.device) -> None:
-    """Share the parameters of a network out over all processes, in place."""
+    """Share the parameters of a network out over all ranks, in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -55,43 +51,28 @@ def shard(model: nn.Module, world: World, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-class Parallel:
-    """Calls the network for the loss.
-
-    Args:
-        model: the network; with FSDP it is already sharded.
-        config: asks for compilation, precision, kind of parallelism.
-    """
-
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, world: World) -> None:
-        self.sharded = config.parallel == "fsdp"
-        self.model: Any = model
-        outer: Any = torch.compile(model) if config.compile else model
-        if world.size > 1 and not self.sharded:
-            ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-            outer = nn.parallel.DistributedDataParallel(outer, device_ids=ids)
-        self.outer = outer
-        self.call = autocast(outer, device, config.precision)
-
-    def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
-        return self.call(*inputs, **conditions)
-
-    @contextlib.contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
-        """Around a forward and backward pass: gradients are shared with the other processes after the last only."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)
-            yield
-        elif last or not isinstance(self.outer, nn.parallel.DistributedDataParallel):
-            yield
-        else:
-            with self.outer.no_sync():
-                yield
+def parallelize(model: nn.Module, config: TrainConfig, device: torch.device, world: World) -> Any:
+    """The network as the loss calls it: compiled if asked for, and in DDP unless it is sharded or alone."""
+    forward: Any = torch.compile(model) if config.compile else model
+    if world.size == 1 or config.parallel == "fsdp":
+        return forward
+    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(forward, device_ids=ids)
 
 
-def gradient_norm(parameters: list[nn.Parameter], clip: float) -> Tensor:
+@contextlib.contextmanager
+def gradient_sync(forward: Any, on: bool) -> Iterator[None]:
+    """Around a forward and backward pass: whether gradients are shared with the other ranks after it."""
+    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+        forward.set_requires_gradient_sync(on)
+    skip = isinstance(forward, nn.parallel.DistributedDataParallel) and not on
+    with forward.no_sync() if skip else contextlib.nullcontext():
+        yield
+
+
+def gradient_norm(model: nn.Module, clip: float) -> Tensor:
     """The norm of all gradients [], which are clipped to `clip` unless that is 0."""
-    norm: Any = nn.utils.clip_grad_norm_(parameters, clip or float("inf"))
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -110,8 +91,8 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
-def out_of_step(models: list[nn.Module], world: World) -> str | None:
-    """The first parameter that is not bit for bit the same in all processes. Sharded networks have no copies.
+def find_desynced_parameter(models: list[nn.Module], world: World) -> str | None:
+    """The first parameter that is not bit for bit the same in all ranks. Sharded networks have no copies.
 
     A parameter's hash is the sum of its bits taken as integers: one changed bit changes it.
     """

@@ -1,14 +1,11 @@
-"""What a run starts from: its data set, as batches of this process, and its network."""
+"""What a run learns from: its data set, as batches of this rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from diffit.checkpoint import find_checkpoint, load_weights
 from diffit.codec import create_codec
 from diffit.data.batches import Batches
 from diffit.data.datasets import fitting_labels
@@ -16,8 +13,7 @@ from diffit.data.order import Plan
 from diffit.data.prepare import TrainingData, prepare_data
 from diffit.diffusion import create_process
 from diffit.distributed import World
-from diffit.models.config import NetworkConfig, build_model, model_config
-from diffit.training.adapt import adapt_state
+from diffit.models.config import NetworkConfig, model_config
 from diffit.training.config import TrainConfig
 
 
@@ -64,17 +60,3 @@ def share(config: TrainConfig, world: World) -> slice:
             "each: choose a multiple, or another --accumulate"
         )
     return slice(world.rank * size // processes, (world.rank + 1) * size // processes)
-
-
-def initial_model(config: TrainConfig, network: NetworkConfig, say: Callable[[str], None]) -> nn.Module:
-    """A fresh network, or the one that --init_from names; `say` is told in what it had to be changed."""
-    if config.init_from is None:
-        return build_model(network)
-    source, found = find_checkpoint(path=config.init_from)
-    trained = load_weights(source.fetch(), found)
-    model = build_model(network)
-    weights, changes = adapt_state(trained.state_dict(), model.state_dict())
-    model.load_state_dict(weights)
-    for change in changes:
-        say(f"--init_from {source}: {change}")
-    return model

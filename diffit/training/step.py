@@ -1,135 +1,126 @@
-"""One optimizer step: batch -> noise -> loss -> gradient -> AdamW -> averages.
-
-Nothing in a step waits for the device. It is decided there whether a step is taken or skipped: its loss and the norm of
-its gradient are finite in all processes, or nothing changes. The host learns of it while the next step is computed.
-"""
+"""One optimizer step: batch -> loss -> gradient -> finite? -> AdamW -> EMA."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffit.data.batches import Batch, dropout_seed
-from diffit.diffusion import create_process
+from diffit.diffusion import Process
 from diffit.distributed import World
 from diffit.training.config import TrainConfig
-from diffit.training.ema import EMA
-from diffit.training.flags import Flags
-from diffit.training.parallel import Parallel, gradient_norm
-from diffit.training.rates import averaging_decays, learning_rate
-from diffit.training.stopping import Skips
+from diffit.training.ema import EMA, ema_decays, learning_rate
+from diffit.training.parallel import gradient_norm, gradient_sync
 
 
-class Stepper:
-    """Takes the optimizer steps of one process.
+@dataclass
+class TrainState:
+    """All that training changes.
 
     Args:
-        model: the network, on the device; with FSDP it is already sharded, and so are
-        averages: those of it, in the order of the config's.
+        model: the network; with FSDP it is sharded, and so are the EMAs.
+        forward: the same network as the loss calls it: compiled, in DDP.
+        emas: by file name, in the order of the config's decays.
+        step: how many steps are behind.
+        skipped: how many of them were not taken; skipped_in_a_row: the last of them.
     """
 
-    def __init__(
-        self, model: nn.Module, averages: list[EMA], config: TrainConfig, device: torch.device, world: World
-    ) -> None:
-        self.model, self.averages, self.config, self.device, self.world = model, averages, config, device, world
-        self.process = create_process(config.process_config)
-        self.forward = Parallel(model, config, device, world)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            config.optimizer.lr,
-            config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=device.type != "mps",  # whose fused kernel takes no notice of found_inf
+    model: nn.Module
+    forward: Any
+    emas: dict[str, EMA]
+    process: Process
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of a step: taken or skipped, in all ranks alike.
+
+    Args:
+        values: this rank's loss, mse, vb and gradient norm [4], on the device.
+        finite: whether the step was taken.
+        stop: whether a rank was asked to stop.
+    """
+
+    values: Tensor
+    finite: bool
+    stop: bool
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: TrainConfig, world: World, stop_requested: bool = False
+) -> StepResult:
+    """Take a step in place, or skip it in all ranks if loss or gradient is not finite in one of them.
+
+    Raises:
+        ValueError: if too many steps in a row were skipped.
+    """
+    device, parts = batch.x_start.device, config.accumulate
+    lr = learning_rate(config.optimizer, state.step, config.steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    torch.manual_seed(dropout_seed(config.seed, state.step, world.rank))
+    state.optimizer.zero_grad(set_to_none=True)
+
+    # Loss and gradient, part by part; ranks share their gradients after the last part.
+    total = torch.zeros(3, device=device)
+    for number, part in enumerate(split(batch, parts)):
+
+        def predict(x: Tensor, t: Tensor, part: Batch = part) -> Tensor:
+            half = torch.float16 if config.precision == "fp16" else torch.bfloat16
+            with torch.autocast(device.type, half, enabled=config.precision in ("bf16", "fp16")):
+                return state.forward(x, t, **part.conditions)
+
+        with gradient_sync(state.forward, on=number == parts - 1):
+            losses = state.process.training_losses(predict, part.x_start, part.t, part.noise)
+            state.scaler.scale(losses.loss.mean() / parts).backward()
+        total += torch.stack([value.detach().mean() for value in (losses.loss, losses.mse, losses.vb)]) / parts
+    state.scaler.unscale_(state.optimizer)
+    norm = gradient_norm(state.model, config.optimizer.grad_clip)
+    values = torch.cat([total, norm[None]])  # [4]
+
+    # All ranks agree; this is where the host waits for the device, once a step.
+    agreed = torch.stack([~values.isfinite().all(), torch.tensor(stop_requested, device=device)]).float()
+    if world.size > 1:
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    skip, stop = (flag > 0 for flag in agreed.tolist())
+
+    state.step += 1
+    if state.scaler.is_enabled():
+        # The scaler has seen this rank's gradients alone: the scale must stay the same in all ranks.
+        for found in state.scaler._found_inf_per_device(state.optimizer).values():
+            found.fill_(float(skip))
+    if not skip:
+        state.optimizer.step()
+        for ema, decay in zip(state.emas.values(), ema_decays(config, state.step), strict=True):
+            ema.update(state.model, decay)
+    state.scaler.update()
+    count_skip(state, skip, config.max_skipped)
+    return StepResult(values, not skip, stop)
+
+
+def count_skip(state: TrainState, skip: bool, limit: int) -> None:
+    """Take note of whether the last step was skipped.
+
+    Raises:
+        ValueError: if it was the `limit`-th in a row.
+    """
+    state.skipped += skip
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skip else 0
+    if state.skipped_in_a_row >= limit:
+        raise ValueError(
+            f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, the last of them step "
+            f"{state.step}: lower --optimizer.lr, set --optimizer.grad_clip, or choose --precision bf16 or fp32; the "
+            "same command goes on from the newest checkpoint"
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.skips = Skips(config.max_skipped)
-        self.stop = False  # whether a process was asked to stop, as far as the host knows
-        self._unsettled: tuple[int, Flags] | None = None
-        self._sums = self._zeros = torch.zeros(4, device=device)  # of mse, vb, gradient norm and 1, over steps taken
-
-    def take(self, batch: Batch, step: int, asked: bool) -> None:
-        """Queue step `step`, counted from 0.
-
-        Args:
-            asked: whether this process was asked to stop.
-
-        Raises:
-            ValueError: if too many steps before this one were skipped.
-        """
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config.optimizer, step, self.config.steps)
-        torch.manual_seed(dropout_seed(self.config.seed, step, self.world.rank))
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self.accumulate(batch)
-        self.settle()  # here, for the device has the pass above to compute while the host waits for the step before
-        self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.trained, self.config.optimizer.grad_clip)
-        wrong = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
-        flags = Flags(torch.stack([wrong.to(norm), torch.full_like(norm, float(asked))]), self.world)
-        self._update(flags.here[0])
-        values = torch.cat([losses, norm[None], torch.ones_like(norm[None])])
-        self._sums = self._sums + torch.where(flags.here[0] > 0, 0.0, values)
-        self._unsettled = step + 1, flags
-
-    def settle(self) -> None:
-        """Learn what became of the last step, count it, and let the averages follow if it was taken.
-
-        The weights must still be those after that step: the averages are up to date once this was called.
-
-        Raises:
-            ValueError: if too many steps in a row were skipped.
-        """
-        if self._unsettled is None:
-            return
-        (step, flags), self._unsettled = self._unsettled, None
-        skipped, self.stop = flags.read()
-        if not skipped:
-            for ema, decay in zip(self.averages, averaging_decays(self.config, step), strict=True):
-                ema.update(self.model, decay)
-        self.skips.count(skipped, step)
-
-    def means(self) -> list[float] | None:
-        """Mean mse, vb and gradient norm of all processes over the steps taken since the last call; None of none.
-
-        Waits for the device.
-        """
-        sums, self._sums = self._sums, self._zeros
-        if self.world.size > 1:
-            dist.all_reduce(sums)
-        *totals, taken = (sums / self.world.size).tolist()
-        return [total / taken for total in totals] if taken else None
-
-    def accumulate(self, batch: Batch) -> Tensor:
-        """The gradient of the mean loss of this process's images, part by part; returns mean mse and vb [2]."""
-        parts = self.config.accumulate
-        total = torch.zeros(2, device=self.device)
-        for number, part in enumerate(split(batch, parts)):
-            with self.forward.passing(last=number == parts - 1):
-                model = partial(self._predict, part.conditions)
-                losses = self.process.training_losses(model, part.x_start, part.t, part.noise)
-                self.scaler.scale(losses.loss.mean() / parts).backward()
-            total += torch.stack([losses.mse.detach().mean(), losses.vb.detach().mean()]) / parts
-        return total
-
-    def _predict(self, conditions: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
-        return self.forward(x, t, **conditions)
-
-    def _update(self, wrong: Tensor) -> None:
-        """AdamW's step, or none if `wrong` [], which is 0 or 1, is 1; the loss scale falls then."""
-        if self.scaler.is_enabled():
-            # The scaler has seen this process's gradients alone: the scale must stay the same in all processes.
-            for found in self.scaler._found_inf_per_device(self.optimizer).values():
-                found.copy_(wrong)
-        fused = self.optimizer.defaults["fused"]
-        if fused:
-            self.optimizer.found_inf = wrong  # type: ignore[attr-defined]
-        if fused or not wrong:  # only what is not fused reads the flag, and waits
-            self.optimizer.step()
-        self.scaler.update()
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

@@ -9,7 +9,15 @@ from diffit import create_model, load_model
 from diffit.benchmark import _copy_of, with_matmul_attention
 from diffit.device import autocast
 from diffit.models.config import model_config
-from diffit.models.fast import FastConv, FastLinear, FastTMSA, fast_network, fast_precision, prepare_for_sampling, without_keys
+from diffit.models.fast import (
+    FastConv,
+    FastLinear,
+    FastTMSA,
+    fast_network,
+    fast_precision,
+    prepare_for_sampling,
+    without_keys,
+)
 from diffit.nn.attention import TMSA, fused_attention, matmul_attention
 from diffit.nn.block import DiffiTBlock
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error

@@ -1,75 +1,77 @@
 """What each of two processes sees; test_processes.py starts this with torchrun and judges what it writes.
 
-python -m torch.distributed.run --nproc_per_node=2 tests/train/ranks.py FOLDER FLAGS ...
+python -m torch.distributed.run --nproc_per_node=2 tests/training/ranks.py FOLDER FLAGS ...
 """
 
 import json
 import os
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
 
 from diffit import distributed
-from diffit.cli.train import parse_train
-from diffit.training.loop import Training
-from tests.training.runs import Poisoned, changed, remembered
+from diffit.training import loop
+from diffit.training.step import StepResult, train_step
+from diffit.training.stopping import Stopped
+from tests.training.runs import changed, poisoned, remembered, replaced, run
 
 
 def main() -> None:
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
-    device = torch.device("cpu")
-    world = distributed.start(device)
+    world = distributed.start(torch.device("cpu"))
+    stop, distributed.stop = distributed.stop, lambda: None  # all runs share these ranks
 
-    def begin(name: str, *more: str) -> Training:
-        return Training(parse_train([*flags, "--run_dir", str(folder / name), *more]), device, world)
+    def begin(name: str, *more: str) -> None:
+        run(flags, folder / name, *more)
 
     seen: dict[str, object] = {}
-    begin("long", "--steps", "50", "--save_every", "50").run()
-    begin("ddp").run()
-    begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--activation_checkpointing", "true").run()
-    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--steps", "4").run()
-    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6").run()
+    begin("long", "--steps", "50", "--save_every", "50")
+    begin("ddp")
+    begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--activation_checkpointing", "true")
+    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--steps", "4")
+    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6")
     try:
-        begin("fsdp_half", "--ema_decay", "[0.9, 0.2]").run()
+        begin("fsdp_half", "--ema_decay", "[0.9, 0.2]")
     except ValueError as error:
         seen["other_kind"] = str(error)
 
     for kind in ("ddp", "fsdp"):
-        poisoned = begin(f"poisoned_{kind}", "--accumulate", "2", "--parallel", kind)
-        poisoned.batches = Poisoned(poisoned.batches, {3} if world.rank == 1 else ())
-        states = remembered(poisoned)
-        poisoned.run()
-        seen[f"skipped_{kind}"] = poisoned.stepper.skips.total
+        run_dir = folder / f"poisoned_{kind}"
+        with poisoned({3} if world.rank == 1 else ()), remembered() as states:
+            begin(f"poisoned_{kind}", "--accumulate", "2", "--parallel", kind)
+        progress = json.loads((run_dir / "checkpoints/00000006/progress.json").read_text())
+        seen[f"skipped_{kind}"] = progress["skipped"]
         seen[f"changed_{kind}"] = [sorted(changed(states[step], states[step - 1])) for step in (3, 4)]
 
-    apart = begin("apart")
-    if world.rank == 1:
-        weight = dict(apart.model.named_parameters())["head.weight"]
-        weight.data.view(torch.int32)[0, 0, 0, 0] += 1
+    def come_apart(state, *others):
+        if world.rank == 1:
+            state.model.head.weight.data.view(torch.int32)[0, 0, 0, 0] += 1
+        return StepResult(torch.zeros(4), finite=True, stop=True)
+
     try:
-        apart._save(must=True)
+        with replaced(loop, "train_step", come_apart):
+            begin("apart")
     except ValueError as error:
         seen["apart"] = str(error)
 
-    stopped = begin("stopped", "--steps", "50", "--save_every", "50")
-    if world.rank == 1:
+    steps = []
 
-        def ask() -> None:
-            while stopped.step < 3:
-                time.sleep(0.01)
+    def ask(state, *others):
+        if world.rank == 1 and state.step == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
+        result = train_step(state, *others)
+        steps.append(state.step)
+        return result
 
-        threading.Thread(target=ask).start()
     try:
-        stopped.run()
-    except Exception as error:
-        seen["stopped"] = [type(error).__name__, stopped.step]
+        with replaced(loop, "train_step", ask):
+            begin("stopped", "--steps", "50", "--save_every", "50")
+    except Stopped as error:
+        seen["stopped"] = [type(error).__name__, steps[-1]]
     (folder / f"rank{world.rank}.json").write_text(json.dumps(seen))
-    distributed.stop()
+    stop()
 
 
 main()

@@ -1,14 +1,19 @@
 """Small real runs: a tiny pixel network on files in Fashion-MNIST's own format."""
 
+import contextlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import pytest
 
 from diffit.cli.train import parse_train
-from diffit.distributed import World
-from diffit.training.loop import Training, train
+from diffit.data.batches import Batch
+from diffit.training import loop
+from diffit.training.config import TrainConfig
+from diffit.training.loop import train
+from diffit.training.step import TrainState
 from tests.conftest import ROOT
 from tests.small_models import write_fashion_files
 
@@ -34,9 +39,62 @@ def run(flags, run_dir, *more) -> Path:
     return train(parse_train([*flags, "--run_dir", str(run_dir), *more]))
 
 
-def training(flags, run_dir, *more) -> Training:
-    """A run that has not begun."""
-    return Training(parse_train([*flags, "--run_dir", str(run_dir), *more]), torch.device("cpu"), World())
+@dataclass
+class Begun(Exception):
+    """What `train` hands to its first step, in place of taking it."""
+
+    state: TrainState
+    batch: Batch
+    config: TrainConfig
+
+
+def begun(flags, run_dir, *more) -> Begun:
+    """A run up to its first step; one that has come to its end is to take one step more."""
+
+    def give(state, batch, config, world, stop_requested=False):
+        raise Begun(state, batch, config)
+
+    with replaced(loop, "train_step", give), pytest.raises(Begun) as raised:
+        run(flags, run_dir, *more)
+    return raised.value
+
+
+@contextlib.contextmanager
+def replaced(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextlib.contextmanager
+def poisoned(steps):
+    """Runs whose images are not numbers in some steps, counted from 0."""
+    take = loop.train_step
+
+    def poison(state, batch, *others):
+        if state.step in steps:
+            batch.x_start[:] = float("nan")
+        return take(state, batch, *others)
+
+    with replaced(loop, "train_step", poison):
+        yield
+
+
+@contextlib.contextmanager
+def remembered():
+    """What `everything` is after each step that runs take."""
+    states, take = [], loop.train_step
+
+    def remember(state, *others):
+        result = take(state, *others)
+        states.append(everything(state))
+        return result
+
+    with replaced(loop, "train_step", remember):
+        yield states
 
 
 def log_of(run_dir: Path) -> list[dict]:
@@ -45,45 +103,18 @@ def log_of(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
-def everything(trained: Training) -> dict[str, bytes]:
-    """The bits of all that a step changes: weights, averages, moments, AdamW's counters; those that are held here."""
-    states = {"weights": trained.model.state_dict()}
-    states |= {name: ema.model.state_dict() for name, ema in trained.averages.items()}
-    optimizer = trained.stepper.optimizer
-    for number, parameter in enumerate(trained.stepper.trained):
-        states |= {f"{key}/{number}": {"": value} for key, value in optimizer.state[parameter].items()}
+def everything(state: TrainState) -> dict[str, bytes]:
+    """The bits of all that a step changes: weights, EMAs, moments, AdamW's counters; those that are held here."""
+    states = {"weights": state.model.state_dict()}
+    states |= {name: ema.model.state_dict() for name, ema in state.emas.items()}
+    for number, moments in enumerate(state.optimizer.state.values()):
+        states |= {f"{key}/{number}": {"": value} for key, value in moments.items()}
     found = {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
     held = {key: value.to_local() if hasattr(value, "to_local") else value for key, value in found.items()}
     return {key: value.numpy().tobytes() for key, value in held.items()}
-
-
-def remembered(trained: Training) -> list[dict[str, bytes]]:
-    """What `everything` is after each step that the run will take."""
-    states, take = [], trained.stepper.take
-
-    def remember(batch, step, asked):
-        take(batch, step, asked)
-        trained.stepper.settle()  # the averages follow once the host has learnt what became of the step
-        states.append(everything(trained))
-
-    trained.stepper.take = remember
-    return states
 
 
 def changed(one: dict[str, bytes], other: dict[str, bytes]) -> set[str]:
     """The kinds of values that differ."""
     assert one.keys() == other.keys()
     return {key.split("/")[0] for key in one if one[key] != other[key]}
-
-
-class Poisoned:
-    """Batches of which some have images that are not numbers."""
-
-    def __init__(self, batches, steps) -> None:
-        self.batches, self.steps = batches, steps
-
-    def __getitem__(self, step):
-        batch = self.batches[step]
-        if step in self.steps:
-            batch.x_start[:] = float("nan")
-        return batch

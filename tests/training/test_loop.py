@@ -13,9 +13,8 @@ from diffit import load_model
 from diffit.cli.train import parse_train
 from diffit.data.order import image_order
 from diffit.training.config import OptimizerConfig
-from diffit.training.ema import EMA, ramped_decay
+from diffit.training.ema import EMA, learning_rate, ramped_decay
 from diffit.training.loop import train
-from diffit.training.rates import learning_rate
 from tests.conftest import ROOT
 from tests.small_models import save_small_vae, write_fashion_files
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffit.training.checkpoints import Checkpoints, fault
+from diffit.training import loop
+from diffit.training.checkpointing import complete_checkpoints, integrity_error
 from diffit.training.stopping import EXIT_CODE, StopSignals
-from tests.training.runs import TINY, TRAIN, Poisoned, changed, everything, log_of, remembered, run, training
+from tests.training.runs import TINY, TRAIN, begun, changed, everything, log_of, poisoned, remembered, replaced, run
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 COUNT = 20
@@ -39,17 +40,17 @@ def kill_and_resume(flags, run_dir, kills, after, seconds, generator) -> None:
     After each kill every checkpoint that counts must be whole, and no step may be lost.
     """
     command, newest = [*TRAIN, *flags, "--run_dir", str(run_dir)], 0
-    keeper = Checkpoints(run_dir / "checkpoints", keep=2)
+    folder = run_dir / "checkpoints"
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (keeper.newest() is None or int(keeper.newest().name) < newest + after):
+        while process.poll() is None and not any(int(f.name) >= newest + after for f in complete_checkpoints(folder)):
             time.sleep(0.005)
         time.sleep(generator.uniform(0, seconds))
         assert process.poll() is None, "the run ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        found = keeper.complete()
-        assert [fault(folder) for folder in found] == [None] * len(found)
+        found = complete_checkpoints(folder)
+        assert [integrity_error(each) for each in found] == [None] * len(found)
         assert int(found[-1].name) >= newest
         newest = int(found[-1].name)
     subprocess.run(command, check=True, capture_output=True)
@@ -90,7 +91,7 @@ def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
-        assert signals.asked
+        assert signals.stop_requested
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -121,12 +122,11 @@ def test_of_a_broken_checkpoint_the_one_before_is_used(flags, tmp_path, capsys, 
     run(flags, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     damage(tmp_path / "broken" / "checkpoints" / "00000006", how)
-    resumed = training(flags, tmp_path / "broken")
-    assert resumed.step == 4
+    assert begun(flags, tmp_path / "broken").state.step == 4
     out = capsys.readouterr().out
     assert said in out
     assert "the one before is used" in out
-    resumed.run()
+    run(flags, tmp_path / "broken")
     assert same_end(tmp_path / "whole", tmp_path / "broken", 6)
     assert names(tmp_path / "broken") == ["00000004", "00000006", "00000006.broken"]
 
@@ -141,13 +141,12 @@ def small_disk():
 
 def test_a_full_disk_leaves_older_checkpoints_alone(flags, tmp_path, small_disk, capsys):
     run(flags, tmp_path, "--steps", "2")
-    whole = training(flags, tmp_path)
     small_disk()
     with pytest.raises(ValueError, match="the checkpoint of step 6 could not be written"):
-        whole.run()
+        run(flags, tmp_path)
     assert "the checkpoint of step 4 could not be written" in capsys.readouterr().out
     assert names(tmp_path) == ["00000002"]
-    assert fault(tmp_path / "checkpoints" / "00000002") is None
+    assert integrity_error(tmp_path / "checkpoints" / "00000002") is None
     assert log_of(tmp_path)[-1]["step"] == 6
 
 
@@ -158,41 +157,41 @@ def test_the_last_and_every_nth_checkpoint_stay(flags, tmp_path):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_is_not_finite_changes_nothing(flags, tmp_path, fused):
-    poisoned = training(flags, tmp_path, "--ema_decay", "[0.9, 0.2]")
-    if not fused:  # as on a device whose fused AdamW cannot skip
-        poisoned.stepper.optimizer = poisoned.state.optimizer = torch.optim.AdamW(poisoned.stepper.trained, fused=False)
-    poisoned.batches = Poisoned(poisoned.batches, {2, 3})
-    states = remembered(poisoned)
-    poisoned.run()
+    create = loop.create_state
+
+    def create_state(*args):
+        state = create(*args)
+        if not fused:  # as on a device that has no fused AdamW
+            state.optimizer = torch.optim.AdamW(state.optimizer.param_groups[0]["params"], fused=False)
+        return state
+
+    with replaced(loop, "create_state", create_state), poisoned({2, 3}), remembered() as states:
+        run(flags, tmp_path, "--ema_decay", "[0.9, 0.2]")
     assert states[3] == states[2] == states[1]
     kinds = {"weights", "ema.safetensors", "ema_0.2.safetensors", "exp_avg", "exp_avg_sq", "step"}
     assert changed(states[4], states[3]) == kinds
     assert [line["skipped"] for line in log_of(tmp_path)] == [0, 0, 1, 2, 2, 2]
     assert json.loads((tmp_path / "checkpoints/00000006/progress.json").read_text())["skipped"] == 2
-    restored = training(flags, tmp_path, "--ema_decay", "[0.9, 0.2]")
+    restored = begun(flags, tmp_path, "--ema_decay", "[0.9, 0.2]", "--steps", "7").state
     assert everything(restored) == states[5]
-    assert restored.stepper.optimizer.param_groups[0]["fused"]  # whatever the checkpoint was written with
+    assert restored.optimizer.param_groups[0]["fused"]  # whatever the checkpoint was written with
 
 
 def test_a_run_that_begins_with_a_skip_learns_the_rest(flags, tmp_path):
-    poisoned = training(flags, tmp_path)
-    poisoned.batches = Poisoned(poisoned.batches, {0})
-    states = remembered(poisoned)
-    poisoned.run()
-    first = {key: value for key, value in states[0].items() if key.startswith(("exp_avg", "step"))}
-    assert not any(b"".join(first.values()))
-    assert "weights" in changed(states[0], states[1])
-    restored = training(flags, tmp_path)
+    with poisoned({0}), remembered() as states:
+        run(flags, tmp_path)
+    assert not any(key.startswith(("exp_avg", "step")) for key in states[0])  # no moments yet
+    assert "weights" in changed(states[0], {key: states[1][key] for key in states[0]})
+    restored = begun(flags, tmp_path, "--steps", "7").state
     assert everything(restored) == states[5]
-    assert {float(state["step"]) for state in restored.stepper.optimizer.state.values()} == {5}
+    assert {float(moments["step"]) for moments in restored.optimizer.state.values()} == {5}
 
 
 @pytest.mark.parametrize("save_every", [3, 6])
 def test_skips_are_all_known_where_they_are_written(flags, tmp_path, save_every):
-    """The last step before a line of the log or a checkpoint is settled with the others; its sums leave it out."""
-    poisoned = training(flags, tmp_path, "--log_every", "6", "--save_every", str(save_every))
-    poisoned.batches = Poisoned(poisoned.batches, {1, 2, 5})
-    poisoned.run()
+    """The last step before a line of the log or a checkpoint is counted with the others; its sums leave it out."""
+    with poisoned({1, 2, 5}):
+        run(flags, tmp_path, "--log_every", "6", "--save_every", str(save_every))
     saved = {int(name): tmp_path / "checkpoints" / name / "progress.json" for name in names(tmp_path)}
     skipped = {step: json.loads(path.read_text())["skipped"] for step, path in saved.items()}
     assert skipped == {step: {3: 2, 6: 3}[step] for step in range(save_every, 7, save_every)}
@@ -203,9 +202,8 @@ def test_skips_are_all_known_where_they_are_written(flags, tmp_path, save_every)
 
 def test_the_log_holds_the_means_over_the_steps_that_were_taken(flags, tmp_path):
     for name, every in (("each", "1"), ("means", "6")):
-        poisoned = training(flags, tmp_path / name, "--log_every", every, "--save_every", "6")
-        poisoned.batches = Poisoned(poisoned.batches, {2})
-        poisoned.run()
+        with poisoned({2}):
+            run(flags, tmp_path / name, "--log_every", every, "--save_every", "6")
     each, (means,) = log_of(tmp_path / "each"), log_of(tmp_path / "means")
     for key in ("loss", "grad_norm"):
         taken = [line[key] for line in each if line[key] is not None]

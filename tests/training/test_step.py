@@ -3,16 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffit.cli.train import parse_train
 from diffit.distributed import World
 from diffit.models.config import create_model
+from diffit.training import loop
 from diffit.training.ema import ramped_decay
-from diffit.training.loop import Training
-from diffit.training.parallel import blocks, recompute_blocks
+from diffit.training.parallel import apply_activation_checkpointing, blocks
+from diffit.training.step import train_step
 from tests.small_models import write_fashion_files
-from tests.training.runs import TINY, Poisoned, log_of, run, training
+from tests.training.runs import TINY, begun, log_of, replaced, run
 
 SIZES = {
     "Diffit-S": {"input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2},
@@ -20,18 +19,17 @@ SIZES = {
 }
 
 
-def gradients(trained):
-    """Of the first batch, by parameter."""
-    torch.manual_seed(0)
-    trained.stepper.accumulate(trained.batches[0])
-    return {name: p.grad for name, p in trained.model.named_parameters() if p.requires_grad}
+def gradients(run):
+    """Of the first batch, by parameter; they are still there after the step."""
+    train_step(run.state, run.batch, run.config, World())
+    return {name: p.grad for name, p in run.state.model.named_parameters() if p.requires_grad}
 
 
 def test_parts_of_a_batch_add_up_to_its_gradient(flags, tmp_path):
-    whole = training(flags, tmp_path / "whole")
-    torch.nn.init.normal_(whole.model.head.weight, std=0.1)  # it starts at zero, and so would most gradients
-    parts = training(flags, tmp_path / "parts", "--accumulate", "4")
-    parts.model.load_state_dict(whole.model.state_dict())
+    whole = begun(flags, tmp_path / "whole")
+    torch.nn.init.normal_(whole.state.model.head.weight, std=0.1)  # it starts at zero, and so would most gradients
+    parts = begun(flags, tmp_path / "parts", "--accumulate", "4")
+    parts.state.model.load_state_dict(whole.state.model.state_dict())
     expected, found = gradients(whole), gradients(parts)
     scale = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():
@@ -48,7 +46,7 @@ def test_parts_give_the_same_run(flags, tmp_path):
 
 def test_a_batch_that_cannot_be_parted_is_refused(flags, tmp_path):
     with pytest.raises(ValueError, match="--batch_size 8 cannot be shared by 1 processes in 3 parts"):
-        training(flags, tmp_path, "--accumulate", "3")
+        run(flags, tmp_path, "--accumulate", "3")
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -59,7 +57,7 @@ def test_recomputing_blocks_changes_no_gradient(name):
         torch.nn.init.normal_(parameter, std=0.1)
     again = create_model(name, **SIZES[name])
     again.load_state_dict(plain.state_dict())
-    recompute_blocks(again)
+    apply_activation_checkpointing(again)
     size = SIZES[name]["input_size"]
     x = torch.randn(2, plain.in_channels, size, size)
     saved = []
@@ -99,87 +97,82 @@ def test_fp16_scales_its_loss_and_resumes_with_the_scale(flags, tmp_path):
     assert half[-1] != full[-1]
 
 
-def test_the_loss_scale_falls_with_a_step_that_this_process_would_have_taken(flags, tmp_path):
-    """Another process, or a loss whose gradient is finite, may be the reason: the scale stays the same in all."""
-    stepper = training(flags, tmp_path, "--precision", "fp16").stepper
-    stepper.scaler.load_state_dict(stepper.scaler.state_dict() | {"scale": 2.0**8})
-    batch = training(flags, tmp_path).batches[0]
-    before = [p.clone() for p in stepper.trained]
+def test_blocks_are_never_silently_left_out():
+    for refused in (blocks, apply_activation_checkpointing):
+        with pytest.raises(ValueError, match="Linear names no blocks to recompute or to shard: give it a method"):
+            refused(torch.nn.Linear(2, 2))
+
+
+def test_the_loss_scale_falls_with_a_step_that_this_rank_would_have_taken(flags, tmp_path, monkeypatch):
+    """Another rank may be the reason: the scale stays the same in all."""
+    started = begun(flags, tmp_path, "--precision", "fp16")
+    state, batch = started.state, started.batch
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**8})
+    trained = state.optimizer.param_groups[0]["params"]
+    before = [p.clone() for p in trained]
     for wrong, scale in ((1.0, 2.0**7), (0.0, 2.0**7)):
-        stepper.optimizer.zero_grad()
-        stepper.accumulate(batch)
-        stepper.scaler.unscale_(stepper.optimizer)
-        assert all(p.grad.isfinite().all() for p in stepper.trained)
-        stepper._update(torch.tensor(wrong))
-        assert stepper.scaler.get_scale() == scale
-        same = [torch.equal(p, q) for p, q in zip(stepper.trained, before, strict=True)]
+
+        def agree(agreed, operation, wrong=wrong):
+            assert agreed.tolist() == [0, 0]  # nothing is wrong in this rank
+            agreed[0] = wrong
+
+        monkeypatch.setattr("diffit.training.step.dist.all_reduce", agree)
+        result = train_step(state, batch, started.config, World(size=2))
+        assert result.finite == (not wrong)
+        assert all(p.grad.isfinite().all() for p in trained)
+        assert state.scaler.get_scale() == scale
+        same = [torch.equal(p, q) for p, q in zip(trained, before, strict=True)]
         assert all(same) if wrong else not all(same)
 
 
-class NoReads(TorchDispatchMode):
-    """Context in which the values of a tensor steer nothing on the host."""
+def test_the_loss_scale_falls_with_a_loss_whose_gradient_is_finite(flags, tmp_path):
+    started = begun(flags, tmp_path, "--precision", "fp16")
+    state = started.state
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**8})
+    losses = state.process.training_losses
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), f"{name} waits for the device"
-        return operation(*args, **(kwargs or {}))
+    class Infinite:
+        def training_losses(self, *args):
+            found = losses(*args)
+            return type(found)(found.loss + float("inf"), found.mse, found.vb)
 
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_reads_nothing_but_what_became_of_the_step_before(flags, tmp_path, precision):
-    with pytest.raises(AssertionError, match="waits"), NoReads():
-        bool(torch.ones(()) > 0)
-    trained = training(flags, tmp_path, "--precision", precision, "--accumulate", "2", "--optimizer.grad_clip", "1")
-    stepper, batches, known = trained.stepper, Poisoned(trained.batches, {0, 1, 2, 3}), []
-    for step in range(4):
-        batch = batches[step]
-        with NoReads():
-            stepper.take(batch, step, asked=step == 1)
-        known.append((stepper.skips.total, stepper.stop))
-    assert known == [(0, False), (1, False), (2, True), (3, False)]
-    stepper.settle()
-    stepper.settle()
-    assert stepper.skips.total == 4
-    assert stepper.means() is None
+    state.process = Infinite()
+    result = train_step(state, started.batch, started.config, World())
+    assert all(p.grad.isfinite().all() for p in state.optimizer.param_groups[0]["params"])
+    assert not result.finite
+    assert state.scaler.get_scale() == 2.0**7
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
-def test_no_step_waits_for_a_gpu(flags, tmp_path, precision):
-    more = ["--device", "cuda", "--precision", precision, "--optimizer.grad_clip", "1"]
-    trained = Training(parse_train([*flags, "--run_dir", str(tmp_path), *more]), torch.device("cuda"), World())
-    batches, before = Poisoned(trained.batches, {5}), torch.cuda.get_sync_debug_mode()
-    for step in range(8):
-        torch.cuda.set_sync_debug_mode("error" if step > 1 else before)  # the first steps copy tables to the device
-        try:
-            trained.stepper.take(batches[step], step, asked=False)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    trained.stepper.settle()
-    assert trained.stepper.skips.total >= 1
+def test_a_stop_request_is_answered_in_its_step(flags, tmp_path):
+    started = begun(flags, tmp_path)
+    assert not train_step(started.state, started.batch, started.config, World()).stop
+    assert train_step(started.state, started.batch, started.config, World(), stop_requested=True).stop
+    assert started.state.step == 2
 
 
 def test_several_averages_at_once(flags, tmp_path):
-    several = training(flags, tmp_path / "several", "--ema_decay", "[0.9, 0.2]")
-    expected = {decay: several.model.head.weight.detach().clone() for decay in (0.9, 0.2)}
-    take = several.stepper.take
+    expected, states = {}, []
 
-    def follow(batch, step, asked):
-        take(batch, step, asked)
+    def follow(state, *others):
+        if not expected:
+            expected.update({decay: state.model.head.weight.detach().clone() for decay in (0.9, 0.2)})
+        result = train_step(state, *others)
         for decay in expected:
-            now = ramped_decay(decay, step + 1)
-            expected[decay] = now * expected[decay] + (1 - now) * several.model.head.weight.detach()
+            now = ramped_decay(decay, state.step)
+            expected[decay] = now * expected[decay] + (1 - now) * state.model.head.weight.detach()
+        states.append(state)
+        return result
 
-    several.stepper.take = follow
-    several.run()
-    assert list(several.averages) == ["ema.safetensors", "ema_0.2.safetensors"]
-    for ema, value in zip(several.averages.values(), expected.values(), strict=True):
+    with replaced(loop, "train_step", follow):
+        run(flags, tmp_path / "several", "--ema_decay", "[0.9, 0.2]")
+    assert list(states[-1].emas) == ["ema.safetensors", "ema_0.2.safetensors"]
+    for ema, value in zip(states[-1].emas.values(), expected.values(), strict=True):
         torch.testing.assert_close(ema.model.head.weight, value)
     run(flags, tmp_path / "one", "--ema_decay", "0.9")
     first, one = (tmp_path / name / "checkpoints/00000006/ema.safetensors" for name in ("several", "one"))
     assert first.read_bytes() == one.read_bytes()
     with pytest.raises(ValueError, match=r"no ema_0.7.safetensors"):
-        training(flags, tmp_path / "several", "--ema_decay", "[0.9, 0.7]")
+        run(flags, tmp_path / "several", "--ema_decay", "[0.9, 0.7]")
 
 
 def test_16_images_can_be_learnt_by_heart(tmp_path):

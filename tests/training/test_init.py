@@ -7,9 +7,9 @@ import torch
 from diffit.checkpoint import CheckpointConfig, save_checkpoint
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_bias
-from diffit.training.adapt import adapt_state, resize_bias
+from diffit.training.init import adapt_state, resize_bias
 from tests.small_models import random_network
-from tests.training.runs import training
+from tests.training.runs import begun
 
 SMALL = DiffiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=3)
 
@@ -83,18 +83,18 @@ def test_anything_else_is_refused(changes, message):
 
 
 def test_a_run_starts_from_another_resolution_and_says_so(flags, tmp_path, capsys):
-    first = training(flags, tmp_path / "first")
+    first = begun(flags, tmp_path / "first")
     path = tmp_path / "other.safetensors"
-    network = first.description.network
+    network = first.config.checkpoint_config(("",) * 10, "").network
     changed = type(network)(**(vars(network) | {"num_classes": 4, "window_size": 4}))
     torch.manual_seed(5)
     save_checkpoint(
         path, build_model(changed).state_dict(), CheckpointConfig("ImageDiffit-Tiny", changed, process="edm")
     )
-    second = training(flags, tmp_path / "second", "--init_from", str(path))
+    second = begun(flags, tmp_path / "second", "--init_from", str(path))
     out = capsys.readouterr().out
     assert "made anew for 10 classes instead of 4" in out
     assert "interpolated from windows of 4 to 2" in out
     torch.manual_seed(5)
     expected = build_model(changed).state_dict()["tokenizer.weight"]
-    assert torch.equal(second.model.state_dict()["tokenizer.weight"], expected)
+    assert torch.equal(second.state.model.state_dict()["tokenizer.weight"], expected)

@@ -1,17 +1,37 @@
-"""Weights of one network made to start another: other classes, another resolution.
+"""The network that a run starts from: a fresh one, or the weights of another with other classes or resolution.
 
 Letters: H heads, w side of the attention window, C channels, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from diffit.checkpoint import find_checkpoint, load_weights
+from diffit.models.config import NetworkConfig, build_model
+from diffit.training.config import TrainConfig
 
 _LABELS = "y_embedder.embedding_table.weight"
 _BIAS = "relative_position_bias_table"
 _POSITION = "pos_embed"
+
+
+def initial_model(config: TrainConfig, network: NetworkConfig, say: Callable[[str], None]) -> nn.Module:
+    """A fresh network, or the one that --init_from names; `say` is told in what it had to be changed."""
+    if config.init_from is None:
+        return build_model(network)
+    source, found = find_checkpoint(path=config.init_from)
+    trained = load_weights(source.fetch(), found)
+    model = build_model(network)
+    weights, changes = adapt_state(trained.state_dict(), model.state_dict())
+    model.load_state_dict(weights)
+    for change in changes:
+        say(f"--init_from {source}: {change}")
+    return model
 
 
 def adapt_state(source: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,0 +1,244 @@
+"""A run's checkpoints: folders named by their step, and what they hold.
+
+ema.safetensors     the first EMA, which sample.py takes; ema_0.999.safetensors ... the others
+state.pt            weights and optimizer; with FSDP the folder state/, to which every rank adds its shards
+progress.json       counters, and the loss scale of fp16
+complete.json       the marker: size and checksum of every other file
+
+A checkpoint is written into NNNNNNNN.part; the marker is its last file, and the rename to NNNNNNNN makes it count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffit import distributed
+from diffit.checkpoint import CheckpointConfig, find_checkpoint, load_weights, save_checkpoint
+from diffit.distributed import World
+from diffit.training.config import TrainConfig
+from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
+from diffit.training.step import TrainState
+
+EMA_FILE, STATE_FILE, STATE_FOLDER, PROGRESS_FILE = "ema.safetensors", "state.pt", "state", "progress.json"
+MARKER = "complete.json"
+_PIECE = 1 << 24
+
+
+def ema_files(config: TrainConfig) -> list[str]:
+    """The file of each EMA; the first is the one to sample from."""
+    kind = "" if config.ema_half_life is None else "half_life_"
+    return [EMA_FILE, *(f"ema_{kind}{rate:g}.safetensors" for rate in config.ema_rates[1:])]
+
+
+def save_run(
+    state: TrainState, folder: Path, config: TrainConfig, description: CheckpointConfig, world: World, must: bool
+) -> str | None:
+    """Write the checkpoint of this step into `folder`, then drop those that need not be kept.
+
+    Returns a sentence if it could not be written and need not be: the run goes on.
+
+    Raises:
+        ValueError: if the ranks hold different weights, or it cannot be written and must be.
+    """
+    odd = find_desynced_parameter([state.model, *(ema.model for ema in state.emas.values())], world)
+    if odd is not None:
+        raise ValueError(
+            f"the processes hold different values of {odd} at step {state.step}: a device or the network between "
+            "them is faulty; the same command goes on from the checkpoint before"
+        )
+    final = folder / f"{state.step:08d}"
+    part = final.with_suffix(".part")
+    try:
+        distributed.on_main(world, partial(_begin, part))
+        _write_state(state, part, description, world)
+        distributed.on_main(world, partial(_finish, part, final))
+        distributed.on_main(world, partial(_prune, folder, config.keep, config.keep_every))
+    except (OSError, RuntimeError) as error:
+        distributed.on_main(world, lambda: shutil.rmtree(part, ignore_errors=True))  # gives back its space
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        failed = f"the checkpoint of step {state.step} could not be written ({reason})"
+        if must:
+            raise ValueError(
+                f"{failed}: mend that and give the same command, which goes on from the newest checkpoint"
+            ) from error
+        return f"{failed}; the run goes on"
+    return None
+
+
+def load_run(
+    state: TrainState, folder: Path, description: CheckpointConfig, device: torch.device, world: World
+) -> None:
+    """Go on from the newest checkpoint in `folder` that is whole, if there is one.
+
+    Raises:
+        ValueError: if it is one of another kind of run.
+    """
+    newest = distributed.on_main(world, lambda: newest_intact(folder, print))
+    if newest is None:
+        return
+    _, found = find_checkpoint(path=newest / EMA_FILE)
+    if found.network != description.network:
+        raise ValueError(f"{folder.parent} holds a run of another network ({found.network}): choose another --run_dir")
+    progress = _read_state(state, newest, found, device)
+    state.step, state.skipped = progress["step"], progress["skipped"]
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict(progress["scaler"])
+
+
+def _write_state(state: TrainState, folder: Path, description: CheckpointConfig, world: World) -> None:
+    """Write everything into an empty folder; an error of one rank is raised on all."""
+    for name, ema in state.emas.items():
+        weights = whole_state(ema.model)
+        distributed.on_main(world, partial(save_checkpoint, folder / name, weights, description))
+    progress = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
+    distributed.on_main(world, lambda: (folder / PROGRESS_FILE).write_text(json.dumps(progress)))
+    if is_sharded(state.model):
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(_shards(state), checkpoint_id=folder / STATE_FOLDER)
+    else:
+        distributed.on_main(world, lambda: _save_whole(state, folder / STATE_FILE))
+
+
+def _save_whole(state: TrainState, path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}, file)
+
+
+def _read_state(state: TrainState, folder: Path, description: CheckpointConfig, device: torch.device) -> dict[str, Any]:
+    """Take everything from a folder; returns the progress."""
+    sharded = (folder / STATE_FOLDER).exists()
+    if sharded != is_sharded(state.model):
+        kinds = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
+        raise ValueError(f"{folder} was written with --parallel {kinds[0]}: go on with it, not with {kinds[1]}")
+    for name, ema in state.emas.items():
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} has no {name}: go on with the averages (--ema_decay) that it was begun with")
+        _load_ema(ema.model, load_weights(folder / name, description))
+    if sharded:
+        _load_shards(state, folder / STATE_FOLDER)
+    else:
+        whole = torch.load(folder / STATE_FILE, map_location=device, weights_only=True)
+        state.model.load_state_dict(whole["model"])
+        for group in whole["optimizer"]["param_groups"]:  # it may have been written on another kind of device
+            group["fused"] = state.optimizer.defaults["fused"]
+        state.optimizer.load_state_dict(whole["optimizer"])
+    return json.loads((folder / PROGRESS_FILE).read_text())
+
+
+def _load_ema(model: nn.Module, source: nn.Module) -> None:
+    if not is_sharded(model):
+        model.load_state_dict(source.state_dict())
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, source.state_dict(), options=StateDictOptions(full_state_dict=True))
+
+
+def _shards(state: TrainState) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _load_shards(state: TrainState, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    shards = _shards(state)
+    dcp.load(shards, checkpoint_id=folder)
+    set_state_dict(state.model, state.optimizer, model_state_dict=shards["model"], optim_state_dict=shards["optimizer"])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints with a marker, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"[0-9]*/{MARKER}") if path.parent.name.isdigit())
+
+
+def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are what the marker says; broken ones are named and put aside."""
+    for found in sorted((f for f in folder.glob("[0-9]*") if f.name.isdigit()), reverse=True):
+        wrong = integrity_error(found)
+        if wrong is None:
+            return found
+        aside = found.with_suffix(".broken")
+        shutil.rmtree(aside, ignore_errors=True)
+        found.rename(aside)
+        say(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
+    return None
+
+
+def integrity_error(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None if nothing is."""
+    try:
+        expected = json.loads((folder / MARKER).read_text())
+        found = checksums(folder)
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    wrong = next((name for name in expected if found.get(name) != expected[name]), None)
+    if wrong is None:
+        return None
+    return f"{wrong} is {'damaged' if wrong in found else 'missing'}"
+
+
+def _begin(part: Path) -> None:
+    """Make an empty folder; what a killed run has left half done goes."""
+    for left in part.parent.glob("*.part"):
+        shutil.rmtree(left)
+    part.mkdir(parents=True)
+
+
+def _finish(part: Path, final: Path) -> None:
+    """Sync, mark and rename what was begun."""
+    marker = json.dumps(checksums(part), indent=1).encode()
+    with open(part / MARKER, "wb") as file:
+        file.write(marker)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(part)
+    part.rename(final)
+    _sync_folder(final.parent)
+
+
+def _prune(folder: Path, keep: int, keep_every: int) -> None:
+    for old in complete_checkpoints(folder)[:-keep]:
+        if not keep_every or int(old.name) % keep_every:
+            gone = old.with_suffix(".part")
+            old.rename(gone)  # half a checkpoint never counts, not even one half removed
+            shutil.rmtree(gone)
+
+
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file but the marker, each synced to disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+
+
+def _checksum(path: Path) -> list[int]:
+    size = crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+        os.fsync(file.fileno())
+    return [size, crc]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""Samples of the EMA while training: a grid to look at, and FID against a reference that is loaded once.
+
+Letters: B images, H x W x C of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffit.checkpoint import CheckpointConfig
+from diffit.codec import create_codec
+from diffit.device import Precision, autocast
+from diffit.diffusion import create_sampler
+from diffit.evaluation.features import create_backend
+from diffit.evaluation.scores import load_reference, score_images, share
+from diffit.sampling.folder import save_grid
+from diffit.sampling.images import batch_labels, sample_batch
+from diffit.training.config import TrainConfig
+
+_IMAGES, _SEED = 16, 0
+
+
+Draw = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
+
+
+def create_draw(config: CheckpointConfig, device: torch.device, precision: Precision) -> Draw:
+    """A function (model, numbers, classes) -> the samples that sample.py would draw with seed 0: uint8 [B, H, W, C].
+
+    It uses the settings that the checkpoint recommends. Classes are repeated in turn; without any they are drawn.
+
+    Raises:
+        ValueError: if the VAE or the sampler's settings do not fit.
+    """
+    sampler, codec = create_sampler(config.process_config, config.sampling), create_codec(config.codec, device)
+
+    def draw(model: nn.Module, indices: Sequence[int], classes: Sequence[int] = ()) -> Tensor:
+        labels = batch_labels(config, indices, _SEED, classes, device)
+        return sample_batch(autocast(model, device, precision), config, sampler, codec, indices, labels, seed=_SEED)
+
+    return draw
+
+
+def save_preview(draw: Draw, model: nn.Module, config: CheckpointConfig, path: Path | None) -> None:
+    """A grid of samples, always from the same noise and labels, to `path`; None on a rank that only takes part."""
+    num_classes, names = config.network.num_classes, config.class_names
+    labels = [number % num_classes for number in range(_IMAGES)] if num_classes else []
+    images = draw(model, range(_IMAGES), labels)
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    titles = [names[label] for label in labels] if names else [str(number) for number in range(_IMAGES)]
+    save_grid(path, images.cpu().numpy(), titles)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture file as uint8 [H, W, C]."""
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that gives FID and Inception Score of a network; all ranks call it, and get the scores of all.
+
+    Raises:
+        ValueError, FileNotFoundError: in one sentence, if reference or features cannot be had.
+    """
+    settings = config.evaluation
+    backend = create_backend("torch", features=settings.features, device=device)
+    reference = load_reference(settings.reference or "", backend, manifold=False)
+
+    def batches(model: nn.Module) -> Iterator[NDArray[np.uint8]]:
+        """This rank's samples, uint8 [B, H, W, C]."""
+        start, stop = share(settings.samples)
+        for first in range(start, stop, settings.batch_size):
+            indices = range(first, min(first + settings.batch_size, stop))
+            yield draw(model, indices, ()).cpu().numpy()
+
+    def score(model: nn.Module) -> dict[str, float]:
+        scores = score_images(batches(model), reference, backend, manifold=False)
+        return {"fid": scores.fid, "inception_score": scores.inception_score}
+
+    return score

@@ -1,0 +1,118 @@
+"""What one sees of a run: one bar, log.jsonl, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from diffit.distributed import World
+from diffit.models.config import NetworkConfig
+from diffit.training.config import TrainConfig
+from diffit.training.estimate import estimate, measured_peak, peak_memory
+
+
+class MetricLogger:
+    """Collects what the steps measure and logs their means. Only rank 0 shows and writes.
+
+    Args:
+        network: what is trained, to count its operations.
+        first: the step that the run goes on from; later lines of an earlier start are forgotten.
+    """
+
+    def __init__(
+        self, config: TrainConfig, network: NetworkConfig, first: int, device: torch.device, world: World
+    ) -> None:
+        self.config, self.device, self.world = config, device, world
+        self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not world.is_main)
+        self.flops = estimate(network).flops
+        self.peak = measured_peak(device, config.precision) if device.type == "cuda" else None
+        self.sums, self.count = torch.zeros(4, device=device), 0
+        self.restart_clock(first)
+        self.path, self.board = Path(config.run_dir) / "log.jsonl", None
+        if world.is_main:
+            forget_later_lines(self.path, first)
+            self.board = _tensorboard(self.path.parent / "tensorboard", first)
+
+    def info(self, sentence: str) -> None:
+        """A sentence above the bar."""
+        if self.world.is_main:
+            self.bar.write(sentence)
+
+    def restart_clock(self, step: int) -> None:
+        """Leave the time up to here, spent on a checkpoint or a preview, out of the speed."""
+        self.since, self.first = time.monotonic(), step
+
+    def add(self, values: Tensor) -> None:
+        """This rank's loss, mse, vb and gradient norm [4] of a step that was taken."""
+        self.sums, self.count = self.sums + values, self.count + 1
+
+    def metrics(self, step: int, **values: Any) -> None:
+        """Log `values` and the means, over ranks and the steps taken since the last call; None if none was taken."""
+        if self.world.size > 1:
+            dist.all_reduce(self.sums)
+        means = [total / self.count for total in (self.sums / self.world.size).tolist()] if self.count else 4 * [None]
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+        loss = means[0]
+        speed = (step - self.first) * self.config.batch_size / (time.monotonic() - self.since)
+        mfu = self.peak and speed / self.world.size * self.flops / self.peak
+        self.restart_clock(step)
+        self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", img_s=f"{speed:.0f}")
+        measured = dict(zip(("loss", "mse", "vb", "grad_norm"), means, strict=True)) | values
+        clock = {"images_per_s": round(speed, 1), "mfu": mfu, "peak_memory": peak_memory(self.device)}
+        self._write(step, measured | clock)
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Log the scores of samples, on a line of their own."""
+        self.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        self._write(step, scores)
+
+    def image(self, name: str, picture: Any, step: int) -> None:
+        """A picture [H, W, C] for TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if not self.world.is_main:
+            return
+        values = {"step": step, "images": step * self.config.batch_size} | values
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, step)
+
+
+def forget_later_lines(path: Path, last_step: int) -> None:
+    """Drop from a log what was logged after the step that a run goes on from."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= last_step))
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line that was cut off when the run was killed belongs to no step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _tensorboard(folder: Path, first: int) -> Any:
+    """TensorBoard's writer, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=first + 1)
