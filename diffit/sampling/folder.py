@@ -8,7 +8,6 @@ Letters: N samples, B samples of a shard, H x W x C of an image.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -16,12 +15,12 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffit.files import difference, write_atomically
+from diffit.files import difference, npz_member, write_atomically
 
 MANIFEST = "manifest.json"
 GRID = "grid.png"
@@ -143,11 +142,11 @@ class SampleFolder:
         temporary = path.with_suffix(".npz.part")
         try:
             with zipfile.ZipFile(temporary, "w") as archive:
-                with _member(archive, "arr_0.npy", np.dtype(np.uint8), (self.num_samples, *shape)) as member:
+                with npz_member(archive, "arr_0", np.dtype(np.uint8), (self.num_samples, *shape)) as member:
                     for images, _ in self.stream():
                         member.write(images.tobytes())
                 if with_labels:
-                    with _member(archive, "arr_1.npy", np.dtype(np.int64), (self.num_samples,)) as member:
+                    with npz_member(archive, "arr_1", np.dtype(np.int64), (self.num_samples,)) as member:
                         for _, labels in self.stream():
                             member.write(labels.tobytes())
             with open(temporary, "rb") as file:
@@ -164,16 +163,6 @@ class SampleFolder:
     def discard_shards(self) -> None:
         """Remove the shards, once the file that holds them all is in place."""
         shutil.rmtree(self.shards, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """A file inside an .npz, open for its data; its header is already written."""
-    info = zipfile.ZipInfo(name)  # its date is 1980, so equal samples make equal files
-    with archive.open(info, "w", force_zip64=True) as member:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(member, header)
-        yield member
 
 
 def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
