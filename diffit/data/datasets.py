@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffit.data.config import DataName
-from diffit.data.crop import MODES, square_pixels
-from diffit.data.files import image_files
+from diffit.data.files import MODES, image_files, square_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

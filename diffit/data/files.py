@@ -1,6 +1,9 @@
 """Pictures in a folder or a ZIP: one subfolder per class, or all in one place and then without classes.
 
-What is there is known from names alone; a picture is opened when it is asked for.
+What is there is known from names alone; a picture is opened when it is asked for, and cropped to a square as ADM does,
+which was trained and measured with that crop.
+
+Letters: N pictures, S side of the square, C channels (1 grey, 3 RGB).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+MODES = {1: "L", 3: "RGB"}  # by number of channels, as Pillow calls them
 _SPLITS = frozenset({"train", "val", "validation", "test"})
 
 
@@ -157,3 +161,25 @@ def _suffix(name: str) -> str:
 
 def _counts(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
+
+
+def centre_crop(picture: Image, size: int) -> Image:
+    """The central size x size square of a picture whose short side was brought to that size (ADM, section on data).
+
+    Halved by box averages while both sides are at least twice the size, then resized bicubically: so no step shrinks by
+    more than 2, whatever the filter of the library does beyond.
+    """
+    from PIL.Image import Resampling
+
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def square_pixels(picture: Image, size: int, channels: int) -> NDArray[np.uint8]:
+    """The centre crop of a picture as uint8 [S, S, C]."""
+    pixels = np.array(centre_crop(picture.convert(MODES[channels]), size))
+    return pixels.reshape(size, size, channels)

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from diffit.data.crop import centre_crop
-from diffit.data.files import SUFFIXES
+from diffit.data.files import SUFFIXES, centre_crop
 from diffit.evaluation.downloads import REFERENCES, cached
 from diffit.evaluation.features import Backend
 from diffit.evaluation.reader import ImageFile, Images

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffit.data.crop import centre_crop, square_pixels
+from diffit.data.files import centre_crop, square_pixels
 
 
 def ramp(height, width, slope, axis=1):
