@@ -279,19 +279,20 @@ def _with_whole_batches(
     """The rows with whole batches measured too, and their images compared with the baseline's."""
     codec = create_codec(case.config.codec, device)
 
-    def images(name: str) -> Tensor:
+    images: dict[str, Tensor] = {}
+
+    def sample(name: str) -> None:
         network, config, precision = variants[name]
         set_matmul_precision(precision)
-        return sample_batch(network, config, sampler, codec, range(case.batch_size), labels, seed=_SEED)
+        images[name] = sample_batch(network, config, sampler, codec, range(case.batch_size), labels, seed=_SEED)
 
-    found = interleaved({name: partial(images, name) for name in variants}, device, max(1, rounds // 2), seconds)
-    baseline = images("baseline")
+    found = interleaved({name: partial(sample, name) for name in variants}, device, max(1, rounds // 2), seconds)
     return [
         replace(
             row,
             whole_batch_s=found[row.variant].seconds,
             whole_batch_speedup=found["baseline"].seconds / found[row.variant].seconds,
-            pixels=(images(row.variant) != baseline).float().mean().item(),
+            pixels=(images[row.variant] != images["baseline"]).float().mean().item(),
         )
         for row in rows
     ]

@@ -47,7 +47,7 @@ def test_one_case(tmp_path):
     """Tables and JSON of the bundled model, with few rounds."""
     command = [sys.executable, "-m", "diffit.benchmark", "--cases", "Diffit-Fashion", "--batch_size", "2"]
     command += ["--rounds", "1", "--seconds", "300", "--device", "cpu", "--json", "out.json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     shown = ("torch ", "## Diffit-Fashion", "| baseline |", "| --fast True |", "MFU", "of peak")
