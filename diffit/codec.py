@@ -64,8 +64,9 @@ class VAECodec:
         mean = self.vae.config.latents_mean or [0.0] * self.latent_channels
         std = self.vae.config.latents_std or [1.0] * self.latent_channels
         self.scaling_factor = scale = float(self.vae.config.scaling_factor)
-        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
-        self._scale = (scale / torch.tensor(std, device=device)).view(1, -1, 1, 1)
+        # Mean and scale of latents [1, c, 1, 1], on the CPU for data sets' workers and on the device.
+        self.normalisation = torch.tensor(mean).view(1, -1, 1, 1), (scale / torch.tensor(std)).view(1, -1, 1, 1)
+        self._mean, self._scale = (value.to(device) for value in self.normalisation)
 
     def encode_moments(self, images: Tensor) -> Tensor:
         """images: uint8 [B, H, W, C]. Returns mean and log variance of the VAE's posterior, float32 [B, 2c, h, w]."""
@@ -74,9 +75,7 @@ class VAECodec:
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A draw from the posterior, normalised. moments: [B, 2c, h, w]; noise: [B, c, h, w]. Returns [B, c, h, w]."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        z = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
-        return (z - self._mean) * self._scale
+        return draw_latents(moments, noise, self._mean, self._scale)
 
     def weights_hash(self) -> str:
         """The SHA-256 of names and values of the VAE's weights: the same VAE, whatever it was called by."""
@@ -96,6 +95,17 @@ class VAECodec:
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         parts = latents.split(max(1, _PIXELS_AT_ONCE // pixels))
         return torch.cat([to_uint8(self.vae.decode(z / self._scale + self._mean).sample) for z in parts])
+
+
+def draw_latents(moments: Tensor, noise: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """A draw from the VAE's posterior, normalised.
+
+    moments: its mean and log variance [B, 2c, h, w]; noise: standard normal [B, c, h, w]; mean and scale of latents
+    [1, c, 1, 1]. Returns [B, c, h, w].
+    """
+    posterior_mean, log_variance = moments.chunk(2, dim=1)
+    z = posterior_mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+    return (z - mean) * scale
 
 
 class PixelCodec:

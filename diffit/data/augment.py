@@ -15,15 +15,13 @@ angles turn counter-clockwise as seen.
 """
 
 import math
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from diffit.device import to_device
 
 SCALE_STD = 0.2  # of the binary logarithm of both scale factors
 TRANSLATION_STD = 1 / 8  # of the image's side
@@ -45,10 +43,6 @@ class Augmentation:
     axis: Tensor  # angle of that axis
     x_shift: Tensor  # in eighths of the width
     y_shift: Tensor  # in eighths of the height
-
-    def __getitem__(self, part: slice) -> "Augmentation":
-        """What is done to some of the images."""
-        return Augmentation(*(getattr(self, field.name)[part] for field in fields(self)))
 
     def labels(self) -> Tensor:
         """What the network is told, float32 [B, 9]."""
@@ -72,13 +66,13 @@ def rotation_matrix(angle: Tensor) -> Tensor:
     return torch.stack([cos, sin, -sin, cos], dim=1).view(-1, 2, 2)  # [B, 2, 2]
 
 
-def draw_augmentation(generator: np.random.Generator, count: int, probability: float) -> Augmentation:
-    """Draw what is done to each of `count` images (always 10 uniform and 4 normal numbers an image).
+def draw_augmentation(generators: Sequence[np.random.Generator], probability: float) -> Augmentation:
+    """Draw what is done to each of B images from its own generator, always 10 uniform and 4 normal numbers.
 
     Every transform is applied with that probability; the flip in x always is, and either flip is a fair coin then.
     """
-    uniform = torch.from_numpy(generator.random((10, count)))  # [10, B]
-    normal = torch.from_numpy(generator.standard_normal((4, count)))  # [4, B]
+    numbers = [np.concatenate([draw.random(10), draw.standard_normal(4)]) for draw in generators]
+    uniform, normal = torch.from_numpy(np.stack(numbers, axis=1)).split((10, 4))  # [10, B], [4, B]
     y_flip, scale, rotation, stretch, shift = (uniform[:5] < probability).double()
     x_coin, y_coin, tilted = (uniform[5:8] < 0.5).double()
     turn, axis = math.pi * (2 * uniform[8:] - 1)
@@ -95,54 +89,43 @@ def draw_augmentation(generator: np.random.Generator, count: int, probability: f
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
-    """images: float [B, c, h, w]. Returns the transformed ones; borders reflect, untouched images stay bit-equal.
-
-    What is to be done is known to the CPU, which plans it and sends its few numbers along: a GPU is never waited for.
-    """
+    """images: float [B, c, h, w]. Returns the transformed ones; borders reflect, untouched images stay bit-equal."""
     height, width = images.shape[-2:]
     images = _flip(_flip(images, augmentation.x_flip, -1), augmentation.y_flip, -2)
     source = augmentation.source_map(height, width)
     moved = (source != torch.eye(2, 3, dtype=source.dtype)).flatten(1).any(1).nonzero()[:, 0]
     if len(moved):
-        index = to_device(moved, images.device)
-        images = images.index_copy(0, index, resample(images[index], source[moved]))
+        images = images.index_copy(0, moved, resample(images[moved], source[moved]))
     return images
 
 
 def _flip(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
-    return torch.where(to_device(chosen > 0, images.device).view(-1, 1, 1, 1), images.flip(dim), images)
+    return torch.where((chosen > 0).view(-1, 1, 1, 1), images.flip(dim), images)
 
 
 def resample(images: Tensor, source: Tensor) -> Tensor:
-    """Read images [B, c, h, w] at the source points of every output point.
-
-    source: affine maps [B, 2, 3], on the CPU.
-    """
+    """Read images [B, c, h, w] at the source points of every output point. source: affine maps [B, 2, 3]."""
     B, c, h, w = images.shape
-    up, down = (_kernel(half, images.dtype, images.device) for half in (_UP, _DOWN))
+    up, down = (_kernel(half, images.dtype) for half in (_UP, _DOWN))
     padded = F.pad(images, (2, 2, 2, 2), mode="reflect").reshape(B * c, 1, h + 4, w + 4)
     dense = F.conv_transpose2d(padded, up, stride=2, padding=8).view(B, c, 2 * h - 1, 2 * w - 1)
-    grid = _dense_points(source, h, w, images.device).to(images.dtype)  # [B, 2h+5, 2w+5, 2]
+    grid = _dense_points(source, h, w).to(images.dtype)  # [B, 2h+5, 2w+5, 2]
     warped = F.grid_sample(dense, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
     return F.conv2d(warped.reshape(B * c, 1, 2 * h + 5, 2 * w + 5), down, stride=2).view(B, c, h, w)
 
 
-@lru_cache(maxsize=8)  # only the first copy to a device waits for it
-def _kernel(half: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kernel(half: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """The separable kernel [1, 1, k, k] of a symmetric filter given by its right half."""
     taps = torch.tensor(half[:0:-1] + half, dtype=torch.float64)
-    return torch.outer(taps, taps)[None, None].to(device, dtype)
+    return torch.outer(taps, taps)[None, None].to(dtype)
 
 
-def _dense_points(source: Tensor, height: int, width: int, device: torch.device) -> Tensor:
+def _dense_points(source: Tensor, height: int, width: int) -> Tensor:
     """Where the points of the dense output grid lie in the source, in half sides: [B, 2h+5, 2w+5, 2] as (x, y).
 
-    The grid has a margin of 3 points, which the filter down needs. It is laid out on the device, in float64 but on
-    Apple's GPUs, which have none.
+    The grid has a margin of 3 points, which the filter down needs.
     """
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    half_sides = torch.tensor([[(width - 1) / 2], [(height - 1) / 2]], dtype=source.dtype)
-    maps = to_device((source / half_sides).to(dtype), device)  # [B, 2, 3]
-    y, x = (torch.arange(-3, 2 * n + 2, dtype=dtype, device=device) / 2 - (n - 1) / 2 for n in (height, width))
+    maps = source / torch.tensor([[(width - 1) / 2], [(height - 1) / 2]], dtype=source.dtype)  # [B, 2, 3]
+    y, x = (torch.arange(-3, 2 * n + 2, dtype=source.dtype) / 2 - (n - 1) / 2 for n in (height, width))
     across, down, offset = (maps[:, None, None, :, k] for k in range(3))  # each [B, 1, 1, 2]
     return x[:, None] * across + y[:, None, None] * down + offset

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from diffit.codec import PixelCodec
 from diffit.data.config import DataName
-from diffit.data.files import MODES, image_files, square_pixels
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
+from diffit.data.sampler import Key
+from diffit.files import first_line
 
 T = TypeVar("T")
 
@@ -40,29 +46,6 @@ FASHION_CLASSES = (
 # Where Debian's dataset-fashion-mnist keeps the original files.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 _NAMED_IN_ERRORS = 5
-
-
-class PictureSource(Protocol):
-    """Where pictures come from, at their own sizes."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """[N], known without decoding; all 0 where there are no classes."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Empty where there are no classes."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What a message calls the picture."""
-
-    def picture(self, index: int) -> Image:
-        """Decoded; raises anything if it is damaged."""
-
-    def fingerprint(self) -> str:
-        """Tells data sets apart."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +91,7 @@ class ImageArrays:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def picture(self, index: int) -> Image:
-        from PIL import Image
-
+    def picture(self, index: int) -> Image.Image:
         pixels = self.images[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
@@ -121,70 +102,124 @@ class ImageArrays:
 
 
 @dataclass(frozen=True)
-class Images:
-    """A data set as squares of one size.
+class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
+    """A data set as squares of one size: index -> (uint8 [S, S, C], label).
 
     Args:
-        source: of the pictures.
-        size: S.
+        source: of the pictures, at their own sizes.
+        size: S; pictures are centre-cropped.
         channels: C.
         kept: which of the source's pictures belong to it, ascending; all by default.
     """
 
-    source: PictureSource
+    source: ImageFiles | ImageArrays
     size: int
     channels: int
     kept: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.source) if self.kept is None else len(self.kept)
+        return len(self.labels)
 
     @property
     def labels(self) -> NDArray[np.int64]:
+        """[N], known without decoding; all 0 where there are no classes."""
         return self.source.labels if self.kept is None else self.source.labels[self.kept]
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Empty where there are no classes."""
         return self.source.class_names
 
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """uint8 [S, S, C], centre-cropped.
-
-        Raises:
-            UnreadableImagesError: if it cannot be decoded.
-        """
-        number = index if self.kept is None else int(self.kept[index])
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """Raises UnreadableImagesError if the picture cannot be decoded."""
+        number = range(len(self))[index] if self.kept is None else int(self.kept[index])  # may raise IndexError
         try:
-            return square_pixels(self.source.picture(number), self.size, self.channels)
+            image = square_pixels(self.source.picture(number), self.size, self.channels)
         except Exception as error:  # a decoder raises anything over a damaged file
-            reason = str(error).split("\n")[0] or type(error).__name__
-            raise UnreadableImagesError([Unreadable(index, self.source.name(number), reason)]) from error
+            raise UnreadableImagesError([Unreadable(index, self.source.name(number), first_line(error))]) from error
+        return image, int(self.source.labels[number])
 
-    def readable(self, indices: Iterable[int]) -> tuple[NDArray[np.uint8], list[Unreadable]]:
+    def readable(self, indices: Iterable[int]) -> tuple[Tensor, list[Unreadable]]:
         """Those of these images that can be decoded, uint8 [n, S, S, C], and the others."""
-        images: list[NDArray[np.uint8]] = []
+        images = [torch.empty(0, self.size, self.size, self.channels, dtype=torch.uint8)]
         unreadable: list[Unreadable] = []
         for index in indices:
             try:
-                images.append(self.image(index))
+                images.append(torch.from_numpy(self[index][0])[None])
             except UnreadableImagesError as error:
                 unreadable += error.images
-        none = np.empty((0, self.size, self.size, self.channels), np.uint8)
-        return np.stack(images) if images else none, unreadable
+        return torch.cat(images), unreadable
 
-    def keep(self, indices: NDArray[np.int64]) -> Images:
+    def keep(self, indices: NDArray[np.int64]) -> ImageDataset:
         """The data set of these images alone."""
         return replace(self, kept=indices if self.kept is None else self.kept[indices])
 
-    def in_memory(self) -> NDArray[np.uint8] | None:
-        """All images [N, S, S, C], if they are in memory at this size already."""
-        source = self.source
-        if isinstance(source, ImageArrays) and source.images.shape[1:] == (self.size, self.size, self.channels):
-            return source.images if self.kept is None else source.images[self.kept]
-        return None
+
+@dataclass(frozen=True)
+class PixelDataset(Dataset[tuple[Tensor, int]]):
+    """What a network of pixels learns from: key -> (x_start float32 [C, S, S] in [-1, 1], label)."""
+
+    images: ImageDataset
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of x_start."""
+        return self.images.channels, self.images.size, self.images.size
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.images.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.images.class_names
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        image, label = self.images[key.image]
+        x_start = PixelCodec().encode(torch.from_numpy(image)[None])[0]  # [C, S, S]
+        return x_start.flip(-1) if key.flip else x_start, label
 
 
-def open_images(name: DataName, path: str | None, size: int, channels: int) -> Images:
+@dataclass(frozen=True)
+class _Decoded(Dataset[Any]):
+    """What a worker makes of a list of indices: see `ImageDataset.readable`."""
+
+    images: ImageDataset
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, list[Unreadable]]:
+        return self.images.readable(indices)
+
+
+def decode_ahead(images: ImageDataset, batches: list[range], workers: int) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+    """`images.readable` of each batch of indices, in their order, decoded ahead by worker processes."""
+    workers = worker_count(workers)
+    return iter(DataLoader(_Decoded(images), batch_sampler=batches, collate_fn=as_it_is, num_workers=workers))  # type: ignore[arg-type]
+
+
+def unreadable_images(images: ImageDataset, workers: int) -> list[Unreadable]:
+    """Decode all images once, and list those that cannot be. Images in memory are whole."""
+    if isinstance(images.source, ImageArrays):
+        return []
+    batches = [range(first, min(first + 64, len(images))) for first in range(0, len(images), 64)]
+    found: list[Unreadable] = []
+    with tqdm(total=len(images), desc="checking images", unit="img") as bar:
+        for batch, (_, unreadable) in zip(batches, decode_ahead(images, batches, workers), strict=True):
+            found += unreadable
+            bar.update(len(batch))
+    return found
+
+
+def worker_count(wanted: int) -> int:
+    """No more workers than this rank may use cores."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collate function of a data set that makes whole batches."""
+    return batch
+
+
+def open_images(name: DataName, path: str | None, size: int, channels: int) -> ImageDataset:
     """A data set by name, or from a path.
 
     Raises:
@@ -194,14 +229,14 @@ def open_images(name: DataName, path: str | None, size: int, channels: int) -> I
     if channels not in MODES:
         raise ValueError(f"images of {channels} channels cannot be made: the network or VAE must take 1 or 3")
     if name == "fashion_mnist":
-        source: PictureSource = fashion_mnist(path)
+        source: ImageFiles | ImageArrays = fashion_mnist(path)
     elif name == "cifar10":
         source = cifar10(path)
     elif path is None:
         raise ValueError("name the images: --data.path FOLDER_OR_ZIP, or --data.name fashion_mnist or cifar10")
     else:
         source = image_files(path)
-    return Images(source, size, channels)
+    return ImageDataset(source, size, channels)
 
 
 def fitting_labels(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:

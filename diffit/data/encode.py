@@ -1,21 +1,55 @@
-"""Encode images into a latent cache: python -m diffit.data.encode --data.path /data/imagenet --out /data/latents"""
+"""Encode images into a latent cache: python -m diffit.data.encode --data.path /data/imagenet --out /data/latents
+
+Any number of ranks decode, crop, encode with the VAE and write shards. Every shard is encoded in the same batches by
+whichever rank, and written whole with a note beside it. So the number of ranks does not change shards (that of threads
+may, in the last bit), and a stopped command goes on where it was.
+
+Letters: n images of a shard, B of a batch, F flips, S image side, C its channels, c latent channels, h = w latent side.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from diffit.cli.encode import parse_encode
-from diffit.cli.parser import fail
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffit import distributed
+from diffit.codec import CodecConfig, VAECodec
 from diffit.data.config import EncodeConfig
+from diffit.data.datasets import ImageDataset, Unreadable, UnreadableImagesError, decode_ahead, listing, open_images
+from diffit.data.latent_cache import (
+    MANIFEST,
+    CacheSettings,
+    LatentCache,
+    Shard,
+    npy_bytes,
+    open_cache,
+    shard_is_whole,
+    write_manifest,
+)
+from diffit.device import resolve_device, set_matmul_precision
+from diffit.distributed import World
+from diffit.files import difference, write_atomically
 
-if TYPE_CHECKING:
-    from diffit.data.latents import LatentCache
+SHARD_SIZE = 1024
+_SETTINGS = "settings.json"  # of a cache in the making
+_BATCH_PIXELS = 1 << 21  # 32 images at 256 pixels: a batch that fits small GPUs
 
 
 def main() -> int:
     """Encode, say what came of it; 2 if the user can mend it, 130 if interrupted."""
+    from diffit.cli.encode import parse_encode
+    from diffit.cli.parser import fail
+
     config = parse_encode()
     try:
         encode(config)
@@ -33,13 +67,6 @@ def encode(config: EncodeConfig) -> None:
     Raises:
         ValueError, FileNotFoundError: in one sentence, for everything that a user can mend.
     """
-    from diffit import distributed
-    from diffit.codec import CodecConfig, VAECodec
-    from diffit.data.datasets import open_images
-    from diffit.data.encoding import encode_images
-    from diffit.data.latents import open_cache
-    from diffit.device import resolve_device, set_matmul_precision
-
     device, folder, data = resolve_device(config.device), Path(config.out).expanduser(), config.data
     set_matmul_precision("tf32")
     world = distributed.start(device)
@@ -48,10 +75,9 @@ def encode(config: EncodeConfig) -> None:
             cache = open_cache(folder)
         else:
             codec = VAECodec(CodecConfig(config.vae), device)
+            images = open_images(data.name, data.path, config.image_size, codec.image_channels)
             cache = encode_images(
-                open_images(data.name, data.path, config.image_size, codec.image_channels),
-                codec,
-                folder,
+                *(images, codec, folder),
                 flip=config.flip,
                 workers=data.workers,
                 world=world,
@@ -61,15 +87,198 @@ def encode(config: EncodeConfig) -> None:
         if world.is_main:
             if config.verify:
                 cache.verify()
-            _report(cache)
+            classes = f" in {len(cache.class_names)} classes" if cache.class_names else ""
+            flips = "with mirror images" if cache.settings.flips == 2 else "without mirror images"
+            print(f"{folder}: {len(cache)} images{classes}, {flips}, {cache.num_bytes / 1e9:.3g} GB")
     finally:
         distributed.stop()
 
 
-def _report(cache: LatentCache) -> None:
-    classes = f" in {len(cache.class_names)} classes" if cache.class_names else ""
-    flips = "with mirror images" if cache.settings.flips == 2 else "without mirror images"
-    print(f"{cache.folder}: {len(cache)} images{classes}, {flips}, {cache.num_bytes / 1e9:.3g} GB")
+def encode_images(
+    images: ImageDataset,
+    codec: VAECodec,
+    folder: Path,
+    *,
+    flip: bool,
+    workers: int,
+    world: World,
+    skip_unreadable: bool = False,
+    shard_size: int = SHARD_SIZE,
+) -> LatentCache:
+    """Write what is missing of the latent cache of a data set, every rank its share, and open it.
+
+    Args:
+        images: the data set, as large and of as many channels as the VAE is to see.
+        codec: the VAE.
+        folder: of the cache; what it holds of the same settings is kept.
+        flip: store the moments of the mirror images too.
+        workers: processes that decode, per rank.
+        world: the ranks that encode.
+        skip_unreadable: leave unreadable images out, rather than stop once the rest is encoded.
+        shard_size: images of a shard.
+
+    Raises:
+        ValueError: if images are unreadable, the folder holds a cache of other settings, or cannot be written.
+    """
+    making = _Making(folder, images, CacheSettings.of(images, codec, flip, shard_size))
+    with _explained(folder):
+        missing = distributed.on_main(world, lambda: making.prepare(skip_unreadable))
+        _write_shards(making, codec, missing[world.rank :: world.size], workers, show=world.is_main)
+        distributed.barrier(world)
+        distributed.on_main(world, lambda: making.finish(skip_unreadable))
+    cache = open_cache(folder)
+    if cache.unreadable and world.is_main:
+        print(f"left out {listing(cache.unreadable)}", file=sys.stderr)
+    return cache
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write latents to {folder} ({error.strerror}): free some space, or choose another folder, and run "
+            "the same command again; finished shards are kept"
+        ) from error
+
+
+@torch.inference_mode()
+def _write_shards(making: _Making, codec: VAECodec, numbers: list[int], workers: int, show: bool) -> None:
+    """Make these shards. Memory holds one of them, in float16 [n, F, 2c, h, w]."""
+    images, flips = making.images, making.settings.flips
+    size = max(1, _BATCH_PIXELS // images.size**2)
+    batches = [(n, indices) for n in numbers for indices in _pieces(making.indices(n), size)]
+    decoded = decode_ahead(images, [indices for _, indices in batches], workers)
+    parts: list[Tensor] = []
+    unreadable: list[Unreadable] = []
+    with tqdm(
+        total=sum(map(len, map(making.indices, numbers))), desc="encoding images", unit="img", disable=not show
+    ) as bar:
+        for (number, indices), (pixels, damaged) in zip(batches, decoded, strict=True):
+            unreadable += damaged
+            if len(pixels):
+                views = [pixels, pixels.flip(2)][:flips]
+                parts.append(torch.stack([codec.encode_moments(view) for view in views], dim=1).half().cpu())
+                if not parts[-1].isfinite().all():
+                    raise ValueError(
+                        f"the VAE {codec.reference} gives moments beyond float16: it does not fit these images"
+                    )
+            bar.update(len(indices))
+            if indices[-1] == making.indices(number)[-1]:
+                making.write(number, torch.cat(parts) if parts else torch.empty(0, dtype=torch.float16), unreadable)
+                parts, unreadable = [], []
+
+
+def _pieces(indices: range, size: int) -> list[range]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+@dataclass(frozen=True)
+class _Making:
+    """The folder of a cache in the making: settings.json, shards, and a note beside each shard that is whole."""
+
+    folder: Path
+    images: ImageDataset
+    settings: CacheSettings
+
+    def indices(self, number: int) -> range:
+        """The images of a shard."""
+        return _pieces(range(len(self.images)), self.settings.shard_size)[number]
+
+    @property
+    def notes(self) -> list[Path]:
+        """What is known of each shard that was made."""
+        count = -(-len(self.images) // self.settings.shard_size)
+        return [self.folder / f"shard-{number:05d}.json" for number in range(count)]
+
+    def prepare(self, skip_unreadable: bool) -> list[int]:
+        """Make the folder ready; returns the numbers of the shards to be made.
+
+        Raises:
+            ValueError: if it holds a cache of other settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings()
+        for leftover in self.folder.glob("*.part"):
+            leftover.unlink()
+        if self._is_finished():
+            return []
+        return [number for number, note in enumerate(self.notes) if not self._is_made(note, skip_unreadable)]
+
+    def _is_made(self, note: Path, skip_unreadable: bool) -> bool:
+        if not note.exists():
+            return False
+        shard = Shard.from_tree(json.loads(note.read_text()))
+        return shard_is_whole(self.folder, shard) and (skip_unreadable or not shard.unreadable)
+
+    def _check_settings(self) -> None:
+        wanted = asdict(self.settings)
+        for path in (self.folder / MANIFEST, self.folder / _SETTINGS):
+            if path.exists():
+                try:
+                    found = json.loads(path.read_text())["settings"]
+                except (ValueError, KeyError) as error:
+                    raise ValueError(f"{path} is damaged: delete {self.folder} and encode again") from error
+                if {**found, "vae": ""} != {**wanted, "vae": ""}:  # its weights say which VAE it is
+                    raise ValueError(
+                        f"{self.folder} holds latents made with other settings ({difference(found, wanted)}): choose "
+                        "another folder, or delete that one"
+                    )
+                return
+        self._write_json(self.folder / _SETTINGS, {"settings": wanted})
+
+    def _is_finished(self) -> bool:
+        """Whether the cache is complete; one whose files are missing or damaged is in the making again."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return False
+        try:
+            open_cache(self.folder)
+        except ValueError:
+            tree = json.loads(path.read_text())
+            self._write_json(self.folder / _SETTINGS, {"settings": tree["settings"]})
+            for note, shard in zip(self.notes, tree["shards"], strict=True):
+                self._write_json(note, shard)
+            path.unlink()
+            return False
+        self._tidy()
+        return True
+
+    def write(self, number: int, moments: Tensor, unreadable: list[Unreadable]) -> None:
+        """A shard, and then the note that says that it is there."""
+        content, note = npy_bytes(moments.numpy()), self.notes[number]
+        checksum = hashlib.sha256(content).hexdigest()
+        shard = Shard(f"{note.stem}.npy", len(moments), checksum, len(content), tuple(unreadable))
+        write_atomically(self.folder / shard.file, content)
+        self._write_json(note, asdict(shard))
+
+    def finish(self, skip_unreadable: bool) -> None:
+        """Write the labels and, last, the manifest; the notes are in it.
+
+        Raises:
+            UnreadableImagesError: if there are any and they are not to be skipped, or no image is left.
+        """
+        if (self.folder / MANIFEST).exists():
+            return
+        shards = tuple(Shard.from_tree(json.loads(note.read_text())) for note in self.notes)
+        unreadable = [image for shard in shards for image in shard.unreadable]
+        if unreadable and (not skip_unreadable or len(unreadable) == len(self.images)):
+            raise UnreadableImagesError(unreadable)
+        labels = np.delete(self.images.labels, [image.index for image in unreadable])
+        full = next(shard for shard in shards if shard.count)
+        channels, height, width = np.load(self.folder / full.file, mmap_mode="r").shape[2:]
+        names = self.images.class_names
+        write_manifest(LatentCache(self.folder, self.settings, (channels, height, width), names, labels, shards))
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what only a cache in the making needs."""
+        for path in (*self.notes, self.folder / _SETTINGS):
+            path.unlink(missing_ok=True)
+
+    def _write_json(self, path: Path, tree: dict[str, object]) -> None:
+        write_atomically(path, json.dumps(tree).encode())
 
 
 if __name__ == "__main__":

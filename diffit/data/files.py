@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from diffit.distributed import detect_world
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MODES = {1: "L", 3: "RGB"}  # by number of channels, as Pillow calls them
@@ -56,10 +57,8 @@ class ImageFiles:
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
 
-    def picture(self, index: int) -> Image:
+    def picture(self, index: int) -> Image.Image:
         """Picture `index`, decoded. Raises whatever the decoder raises if it cannot be."""
-        from PIL import Image
-
         with self._open(self.names[index]) as file:
             picture = Image.open(file)
             picture.load()
@@ -112,13 +111,27 @@ def image_files(path: str | Path) -> ImageFiles:
     return ImageFiles(root, names, labels, class_names, ignored)
 
 
-def _walk(root: Path) -> Iterable[str]:
-    """Relative names of all files, and of folders with a slash at the end."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not _hidden(name)]
-        relative = Path(folder).relative_to(root)
-        yield from ((relative / name).as_posix() + "/" for name in subfolders)
-        yield from ((relative / name).as_posix() for name in files if not _hidden(name))
+def _walk(root: Path) -> Iterator[str]:
+    """Relative names of all files, and of folders with a slash at the end.
+
+    Links are followed, after the folders that are no links; a folder that was seen already is left out, and named.
+    """
+    starts, seen = [root], set()
+    while starts:
+        for folder, subfolders, files in os.walk(starts.pop(0)):
+            place, status = Path(folder), os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                subfolders.clear()
+                if detect_world().is_main:
+                    print(f"left out {folder}: it links to {place.resolve()}, which is read already", file=sys.stderr)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
+            starts += [place / name for name in subfolders if (place / name).is_symlink()]
+            relative = place.relative_to(root)
+            if place != root:
+                yield f"{relative.as_posix()}/"
+            yield from ((relative / name).as_posix() for name in files if not _hidden(name))
 
 
 def _members(path: Path) -> Iterable[str]:
@@ -163,23 +176,21 @@ def _counts(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
 
 
-def centre_crop(picture: Image, size: int) -> Image:
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     """The central size x size square of a picture whose short side was brought to that size (ADM, section on data).
 
     Halved by box averages while both sides are at least twice the size, then resized bicubically: so no step shrinks by
     more than 2, whatever the filter of the library does beyond.
     """
-    from PIL.Image import Resampling
-
     while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Resampling.BICUBIC)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
 
-def square_pixels(picture: Image, size: int, channels: int) -> NDArray[np.uint8]:
+def square_pixels(picture: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
     """The centre crop of a picture as uint8 [S, S, C]."""
     pixels = np.array(centre_crop(picture.convert(MODES[channels]), size))
     return pixels.reshape(size, size, channels)

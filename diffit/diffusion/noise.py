@@ -1,15 +1,32 @@
 """Randomness that belongs to a sample: label, start and the noise of every step depend on (seed, i) alone.
 
-Batch size, number of processes, device and interruptions therefore do not change a sample.
+Batch size, number of ranks, device and interruptions therefore do not change a sample. Training draws in the same way,
+by the number of images seen.
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_LABEL, _START, _STEP = range(3)
+
+class RandomStream(IntEnum):
+    """What random numbers are for: those of one purpose do not depend on those of another."""
+
+    # of a sample
+    LABEL = 0
+    START = 1
+    STEP = 2
+    # of an epoch of training
+    FLIP = 15
+    ORDER = 16
+    # of an image that training sees
+    CORRUPTION = 17
+    POSTERIOR = 18
+    # of a step of training; rank r takes DROPOUT + r, so nothing may stand behind it
+    DROPOUT = 64
 
 
 def keyed_generator(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -37,16 +54,16 @@ class SampleNoise:
         self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> None:
         self.seed, self.indices, self.shape, self.device = seed, indices, shape, torch.device(device)
-        self._steps = [keyed_generator(seed, i, _STEP) for i in indices]
+        self._steps = [keyed_generator(seed, i, RandomStream.STEP) for i in indices]
 
     def labels(self, num_classes: int) -> Tensor:
         """One uniformly drawn label per sample, int64 [B]."""
-        drawn = [int(keyed_generator(self.seed, i, _LABEL).integers(num_classes)) for i in self.indices]
+        drawn = [int(keyed_generator(self.seed, i, RandomStream.LABEL).integers(num_classes)) for i in self.indices]
         return self._to_device(torch.tensor(drawn))
 
     def start(self) -> Tensor:
         """The state at t = T, [B, c, h, w]."""
-        return self._normal([keyed_generator(self.seed, i, _START) for i in self.indices])
+        return self._normal([keyed_generator(self.seed, i, RandomStream.START) for i in self.indices])
 
     def __call__(self) -> Tensor:
         return self._normal(self._steps)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import yaml
 
 from diffit import distributed
-from diffit.checkpoint import find_checkpoint
+from diffit.checkpoint import CheckpointConfig, find_checkpoint
+from diffit.codec import create_codec
+from diffit.data.datasets import fitting_labels
+from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_set, training_batches
+from diffit.data.sampler import BatchSampler
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion import create_process
 from diffit.distributed import World
 from diffit.files import as_tree, write_atomically
-from diffit.models.config import NetworkConfig
+from diffit.models.config import NetworkConfig, model_config
 from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, save_run
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.ema import EMA, ema_decays
@@ -22,7 +26,6 @@ from diffit.training.evaluate import create_draw, create_scorer, read_picture, s
 from diffit.training.init import initial_model
 from diffit.training.logging import MetricLogger
 from diffit.training.parallel import apply_activation_checkpointing, is_sharded, parallelize, shard
-from diffit.training.setup import create_batches, load_data
 from diffit.training.step import TrainState, train_step
 from diffit.training.stopping import Stopped, StopSignals
 
@@ -41,13 +44,14 @@ def train(task: TrainTask) -> Path:
     world = distributed.start(device)
     logger = None
     try:
-        # Data, network, and the newest checkpoint if there is one
-        data = load_data(config, run_dir / "cache", world, device)
+        # Data, network, the newest checkpoint if there is one, and the batches from there on
+        check_shares(config, world)
+        data = open_data(config, run_dir / "cache", world, device)
         description = config.checkpoint_config(data.class_names, "")
-        indexed = create_batches(config, description.network, data, world, device)
+        check_data(data, description)
         state = create_state(config, description.network, device, world)
         load_run(state, checkpoints, description, device, world)
-        batches = map(indexed.__getitem__, range(state.step, config.steps))
+        batches = create_batches(data, state, config, description.network, device, world)
         ema = state.emas[EMA_FILE].model
 
         # What is missing for pictures or scores is said now, not after hours
@@ -96,6 +100,71 @@ def train(task: TrainTask) -> Path:
         if logger is not None:
             logger.close()
         distributed.stop()
+
+
+def open_data(config: TrainConfig, cache: Path, world: World, device: torch.device) -> TrainingSet:
+    """The data set as the network is to see it; a latent model's is encoded first, into the folder `cache`."""
+    network, codec = model_config(config.model, **config.network), create_codec(config.codec, device)
+    size = network.input_size * config.codec.factor
+    channels = network.in_channels
+    return open_training_set(config.data, codec, size, channels, seed=config.seed, cache=cache, world=world)
+
+
+def create_batches(
+    data: TrainingSet,
+    state: TrainState,
+    config: TrainConfig,
+    network: NetworkConfig,
+    device: torch.device,
+    world: World,
+) -> Iterator[Batch]:
+    """This rank's share of the batches that are still to come."""
+    settings = config.data
+    batches = NoisyBatches(
+        data, network.num_classes, state.process, config.seed, network.class_dropout_prob, settings.augment
+    )
+    sampler = BatchSampler(
+        len(data.labels),
+        config.batch_size,
+        seed=config.seed,
+        flip=settings.flip and not settings.augment,  # which mirrors, and tells the network so
+        steps=range(state.step, config.steps),
+        rank=world.rank,
+        world_size=world.size,
+    )
+    return training_batches(batches, sampler, settings.workers, device)
+
+
+def check_shares(config: TrainConfig, world: World) -> None:
+    """Refuse a batch of which the ranks, or the parts that each computes it in, cannot have equal shares.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    size, ranks = config.batch_size, world.size
+    if size % ranks:
+        raise ValueError(f"--batch_size {size} cannot be shared by {ranks} processes: choose a multiple")
+    if size % (ranks * config.accumulate):
+        raise ValueError(
+            f"--batch_size {size} cannot be shared by {ranks} processes in {config.accumulate} parts each: choose a "
+            "multiple, or another --accumulate"
+        )
+
+
+def check_data(data: TrainingSet, description: CheckpointConfig) -> None:
+    """Refuse data that the network does not take.
+
+    Raises:
+        ValueError: if its inputs are of another shape, or a label is beyond its classes.
+    """
+    network = description.network
+    expected = (network.in_channels, network.input_size, network.input_size)
+    if data.shape != expected:
+        shapes = ["x".join(map(str, shape)) for shape in (data.shape, expected)]
+        raise ValueError(
+            f"the data are {shapes[0]} and {description.model} takes {shapes[1]}: set --network or --codec to fit"
+        )
+    fitting_labels(data.labels, network.num_classes)
 
 
 def create_state(config: TrainConfig, network: NetworkConfig, device: torch.device, world: World) -> TrainState:

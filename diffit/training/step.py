@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from diffit.data.batches import Batch, dropout_seed
+from diffit.data.loader import Batch
 from diffit.diffusion import Process
+from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.distributed import World
 from diffit.training.config import TrainConfig
 from diffit.training.ema import EMA, ema_decays, learning_rate
@@ -67,7 +68,7 @@ def train_step(
     lr = learning_rate(config.optimizer, state.step, config.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    torch.manual_seed(dropout_seed(config.seed, state.step, world.rank))
+    torch.manual_seed(dropout_seed(config.seed, state.step, world.rank))  # PyTorch's dropout draws from this generator
     state.optimizer.zero_grad(set_to_none=True)
 
     # Loss and gradient, part by part; ranks share their gradients after the last part.
@@ -123,17 +124,16 @@ def count_skip(state: TrainState, skip: bool, limit: int) -> None:
         )
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of what dropout draws in a step of a rank, below 2^63."""
+    return int(keyed_generator(seed, step, RandomStream.DROPOUT + rank).integers(2**63))
+
+
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` batches of the same size, its images in their order."""
     size = len(batch.t) // parts
     pieces = [slice(first, first + size) for first in range(0, len(batch.t), size)]
     return [
-        replace(
-            batch,
-            x_start=batch.x_start[piece],
-            noise=batch.noise[piece],
-            t=batch.t[piece],
-            conditions={name: value[piece] for name, value in batch.conditions.items()},
-        )
-        for piece in pieces
+        Batch(batch.x_start[p], batch.noise[p], batch.t[p], {n: value[p] for n, value in batch.conditions.items()})
+        for p in pieces
     ]

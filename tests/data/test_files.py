@@ -28,8 +28,7 @@ def test_pixels_are_those_of_the_files(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     images = open_images("folder", str(tmp_path), 24, 3)
-    assert (images.image(0) == pixels).all()
-    assert images.in_memory() is None
+    assert (images[0][0] == pixels).all()
 
 
 def test_a_flat_folder_has_no_classes(tmp_path):
@@ -45,8 +44,8 @@ def test_a_zip_equals_its_folder(tmp_path, classes):
     assert archive.labels.tolist() == folder.labels.tolist()
     assert archive.source.fingerprint() == folder.source.fingerprint()
     for index in range(len(folder)):
-        assert (archive.image(index) == folder.image(index)).all()
-    assert len(pickle.loads(pickle.dumps(archive)).image(0)) == 16  # as it travels to a worker
+        assert (archive[index][0] == folder[index][0]).all()
+    assert len(pickle.loads(pickle.dumps(archive))[0][0]) == 16  # as it travels to a worker
 
 
 def test_wrapping_folders_and_splits_are_seen_through(tmp_path):
@@ -118,7 +117,7 @@ def test_a_damaged_image_is_named(tmp_path, suffix):
     assert pixels.shape == (2, 16, 16, 3)
     assert [image.index for image in unreadable] == [2]
     with pytest.raises(UnreadableImagesError, match=f"1 image: .*cat/half.{suffix} \\(.+\\): mend or remove"):
-        images.image(2)
+        images[2]
 
 
 def test_damage_inside_a_zip_is_named(tmp_path):
@@ -176,7 +175,7 @@ def test_cifar10_in_its_own_files(tmp_path, monkeypatch):
     assert data.labels.tolist() == [3, 1, 4, 1] * 5
     assert data.class_names == tuple("abcdefghij")
     images = open_images("cifar10", str(tmp_path), 32, 3)
-    assert (images.in_memory() == data.images).all()
+    assert all((image == pixels).all() for (image, _), pixels in zip(images, data.images, strict=True))
 
 
 def test_cifar10_that_is_not_there(tmp_path):

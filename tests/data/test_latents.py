@@ -12,16 +12,14 @@ import pytest
 import torch
 
 from diffit.codec import CodecConfig, VAECodec
-from diffit.data.batches import Latents
 from diffit.data.config import DataConfig
 from diffit.data.datasets import UnreadableImagesError, open_images
-from diffit.data.encode import main
-from diffit.data.encoding import encode_images
-from diffit.data.latents import MANIFEST, latent_stream, open_cache
-from diffit.data.order import Plan
-from diffit.data.prepare import prepare_data
-from diffit.data.streams import MemoryStream, WorkerStream
-from diffit.diffusion.noise import keyed_generator
+from diffit.data.encode import encode_images, main
+from diffit.data.latent_cache import MANIFEST, LatentDataset, open_cache
+from diffit.data.loader import NoisyBatches, open_training_set, training_batches
+from diffit.data.sampler import BatchSampler
+from diffit.diffusion import create_diffusion
+from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.distributed import World
 from tests.conftest import ROOT
 from tests.data.pictures import cut_off, write_pictures, zipped
@@ -85,10 +83,10 @@ def contents(folder):
 def test_moments_are_the_vaes(cache, codec, pictures):
     """Within float16's half unit in the last place of what the VAE says of each image and its mirror image."""
     images = open_images("folder", str(pictures), 16, 3)
-    stored = cache.load(CPU)
+    stored = cache.load()
     assert stored.shape == (11, 2, 8, 8, 8)
     for index in range(11):
-        pixels = torch.from_numpy(images.image(index))[None]
+        pixels = torch.from_numpy(images[index][0])[None]
         for flip, seen in enumerate((pixels, pixels.flip(2))):
             torch.testing.assert_close(
                 stored[index, flip].float(), codec.encode_moments(seen)[0], rtol=2**-11, atol=1e-6
@@ -110,25 +108,21 @@ def test_the_manifest_says_what_it_is(cache, codec, vae):
     cache.verify()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_reading_from_disk_equals_memory(cache, workers):
-    plan = Plan(2, 11, 6, slice(2, 6), flip=True)
-    memory = latent_stream(cache, plan, 0, CPU)
-    assert isinstance(memory, MemoryStream)
-    disk = WorkerStream(cache, plan, workers, CPU)
-    for step in (0, 1, 2, 3, 1):
-        assert torch.equal(disk[step], memory[step])
-
-
 def test_draws_are_from_the_posterior(cache, codec):
-    """latents = (mean + deviation * noise) * factor, with this process's part of the noise of the whole batch."""
-    plan = Plan(2, 11, 6, slice(2, 6), flip=False)
-    clean = Latents(latent_stream(cache, plan, 0, CPU), cache.shape, codec, plan)
-    x, told = clean.draw(3, keyed_generator(2, 3, 17))
-    noise = torch.from_numpy(keyed_generator(2, 3, 17).standard_normal((6, 4, 8, 8), np.float32)[2:])
-    mean, log_variance = cache.load(CPU)[plan.picks(3).index, 0].float().chunk(2, dim=1)
-    torch.testing.assert_close(x, (mean + (log_variance / 2).exp() * noise) * 0.18215)
-    assert told == {}
+    """latents = (mean + deviation * noise) * factor, with the noise of the image seen; whichever rank and worker."""
+    keys = BatchSampler(11, 6, seed=2, flip=True, steps=range(4), rank=1, world_size=2)
+    batches = NoisyBatches(LatentDataset(cache, codec, 2), 2, create_diffusion(), 2, 0.1)
+    stored = cache.load().float()
+    for workers in (0, 2):
+        for step, batch in enumerate(training_batches(batches, keys, workers, CPU)):
+            expected = []
+            for image, flip, seen in keys.keys(step):
+                assert seen in range(6 * step + 3, 6 * step + 6)
+                mean, log_variance = stored[image, int(flip)].chunk(2)
+                noise = keyed_generator(2, seen, RandomStream.POSTERIOR).standard_normal((4, 8, 8), np.float32)
+                expected.append((mean + (log_variance / 2).exp() * torch.from_numpy(noise)) * 0.18215)
+            torch.testing.assert_close(batch.x_start, torch.stack(expected))
+            assert batch.conditions["y"].tolist() == [cache.labels[key.image] for key in keys.keys(step)]
 
 
 def test_a_zip_makes_the_same_cache(cache, codec, pictures, tmp_path):
@@ -203,7 +197,7 @@ def test_other_caches_are_refused(cache, codec, pictures, tmp_path):
         cache.check(codec, 32, flip=True)
     images = open_images("folder", str(pictures), 16, 3)
     plain = encode(images, codec, tmp_path / "plain", flip=False)
-    assert plain.load(CPU).shape == (11, 1, 8, 8, 8)
+    assert plain.load().shape == (11, 1, 8, 8, 8)
     plain.check(codec, 16, flip=False)
     with pytest.raises(ValueError, match=r"hold no mirror images: add --data\.flip False"):
         plain.check(codec, 16, flip=True)
@@ -232,8 +226,8 @@ def test_unreadable_images_are_named_then_left_out_if_asked(codec, tmp_path):
     whole = write_pictures(tmp_path / "whole", CLASSES)
     (whole / "cat" / "001.png").unlink()
     (whole / "dog" / "004.png").unlink()
-    expected = encode(open_images("folder", str(whole), 16, 3), codec, tmp_path / "expected").load(CPU).float()
-    torch.testing.assert_close(cache.load(CPU).float(), expected, rtol=1e-3, atol=1e-3)
+    expected = encode(open_images("folder", str(whole), 16, 3), codec, tmp_path / "expected").load().float()
+    torch.testing.assert_close(cache.load().float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_mended_images_are_encoded(cache, codec, pictures, tmp_path):
@@ -258,7 +252,7 @@ def test_nothing_but_unreadable_images(codec, tmp_path):
 def test_training_makes_finds_and_needs_only_the_cache(cache, codec, pictures, tmp_path):
     def prepare(**settings):
         config = DataConfig(**{"workers": 0} | settings)
-        return prepare_data(config, codec, 16, 4, tmp_path / "run" / "cache", World(), CPU)
+        return open_training_set(config, codec, 16, 4, seed=0, cache=tmp_path / "run" / "cache", world=World())
 
     made = prepare(path=str(pictures))
     assert (tmp_path / "run" / "cache" / MANIFEST).exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffit.cli.train import parse_train
-from diffit.data.batches import Batch
+from diffit.data.loader import Batch
 from diffit.training import loop
 from diffit.training.config import TrainConfig
 from diffit.training.loop import train
@@ -25,6 +25,7 @@ TINY = [
     *["--codec.vae", "pixels", "--codec.factor", "1", "--precision", "fp32", "--sampling.sampler", "heun"],
     *["--sampling.num_sampling_steps", "3", "--data.name", "fashion_mnist"],
     *["--batch_size", "8", "--steps", "6", "--save_every", "2", "--log_every", "1", "--optimizer.lr", "1e-3"],
+    *["--data.workers", "0"],
 ]
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -11,7 +11,7 @@ import torch
 
 from diffit import load_model
 from diffit.cli.train import parse_train
-from diffit.data.order import image_order
+from diffit.data.sampler import image_order
 from diffit.training.config import OptimizerConfig
 from diffit.training.ema import EMA, learning_rate, ramped_decay
 from diffit.training.loop import train
@@ -22,7 +22,7 @@ NETWORK = "{input_size: 16, hidden_size: 16, depth: 1, num_heads: 2, num_classes
 SMALL = [
     *("--model", "Diffit-S", "--network", NETWORK, "--codec.factor", "2", "--batch_size", "8", "--ema_decay", "0.9"),
     *("--steps", "6", "--save_every", "2", "--log_every", "1", "--precision", "fp32", "--device", "cpu"),
-    *("--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1"),
+    *("--data.workers", "0", "--optimizer.lr", "1e-2", "--optimizer.schedule", "cosine", "--optimizer.grad_clip", "1"),
 ]
 
 

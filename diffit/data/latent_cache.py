@@ -9,8 +9,7 @@ in which the published models' latents were computed; the rounding, at most 2^-1
 that training adds (a deviation of 0.01 to latents of unit deviation). It halves disk and traffic: 32 KiB an image at
 256 pixels with both flips, 42 GB for ImageNet (at 512: 168 GB).
 
-Letters: N images of the set, n of a shard, F flips (1 or 2), b of a process's part of a batch, c latent channels,
-h = w latent side.
+Letters: N images of the set, n of a shard, F flips (1 or 2), c latent channels, h = w latent side.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from diffit.codec import VAECodec
-from diffit.data.datasets import Images, Unreadable
-from diffit.data.order import Picks, Plan
-from diffit.data.streams import MemoryStream, Stream, WorkerStream
+from diffit.codec import VAECodec, draw_latents
+from diffit.data.datasets import ImageDataset, Unreadable
+from diffit.data.sampler import Key
+from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.files import sha256, write_atomically
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 FORMAT = 1
 CROP = "centre crop of ADM"
-# Caches up to this size are held on the device; of larger ones, what a step needs is read from disk.
-IN_MEMORY_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class CacheSettings:
     format: int = FORMAT
 
     @classmethod
-    def of(cls, images: Images, codec: VAECodec, flip: bool, shard_size: int) -> CacheSettings:
+    def of(cls, images: ImageDataset, codec: VAECodec, flip: bool, shard_size: int) -> CacheSettings:
         """Those of a data set and a VAE."""
         return cls(
             vae=codec.reference,
@@ -109,7 +108,7 @@ class LatentCache:
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     shards: tuple[Shard, ...]
-    _maps: dict[int, NDArray[np.float16]] = field(default_factory=dict, repr=False, compare=False)
+    _maps: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_maps": {}}  # a worker maps the files itself
@@ -127,27 +126,32 @@ class LatentCache:
         """Of all moments."""
         return len(self) * self.settings.flips * int(np.prod(self.shape)) * 2
 
-    def read(self, picks: Picks) -> Tensor:
-        """Moments of the picked images, float16 [b, 2c, h, w] on the CPU."""
-        moments = np.empty((len(picks.index), *self.shape), np.float16)
-        ends = np.cumsum([shard.count for shard in self.shards])
-        numbers = np.searchsorted(ends, picks.index, side="right")
-        for out, number, index, flip in zip(moments, numbers.tolist(), picks.index, picks.flip, strict=True):
-            out[:] = self._map(number)[index - ends[number], flip]
-        return torch.from_numpy(moments)
+    def moments(self, index: int, flip: bool = False) -> Tensor:
+        """Of an image, or of its mirror image: float16 [2c, h, w], in the memory of the file."""
+        ends = self._ends
+        number = int(np.searchsorted(ends, index, side="right"))
+        return self._map(number)[index - int(ends[number]), int(flip)]
 
-    def load(self, device: torch.device | str) -> Tensor:
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """The number of the image that follows each shard; a negative index then counts from the shard's end."""
+        return np.cumsum([shard.count for shard in self.shards])
+
+    def load(self) -> Tensor:
         """All moments, float16 [N, F, 2c, h, w]."""
-        return torch.cat([torch.from_numpy(self._map(number)).to(device) for number in range(len(self.shards))])
+        return torch.cat([self._map(number) for number in range(len(self.shards))])
 
-    def _map(self, number: int) -> NDArray[np.float16]:
-        """A shard in the file's own memory. PyTorch maps it, since it keeps no file open: there may be thousands."""
+    def _map(self, number: int) -> Tensor:
+        """A shard [n, F, 2c, h, w] in the file's own memory, mapped by PyTorch, which keeps no file open.
+
+        There may be thousands of shards, more than a process may open files.
+        """
         if number not in self._maps:
             shard = self.shards[number]
             path = self.folder / shard.file
             everything = torch.from_file(str(path), shared=False, size=path.stat().st_size // 2, dtype=torch.float16)
             shape = (shard.count, self.settings.flips, *self.shape)
-            self._maps[number] = everything.numpy()[len(everything) - int(np.prod(shape)) :].reshape(shape)
+            self._maps[number] = everything[len(everything) - int(np.prod(shape)) :].view(shape)  # behind the header
         return self._maps[number]
 
     def verify(self) -> None:
@@ -186,6 +190,30 @@ class LatentCache:
                 f"the latents in {self.folder} hold no mirror images: add --data.flip False, or choose another "
                 "--data.cache"
             )
+
+
+class LatentDataset(Dataset[tuple[Tensor, int]]):
+    """What a latent network learns from: key -> (x_start float32 [c, h, w], label).
+
+    x_start is a draw from the VAE's posterior, a new one each time that the image is seen.
+
+    Args:
+        cache: the posteriors' moments.
+        codec: the VAE, whose normalisation latents have.
+        seed: of the draws.
+    """
+
+    def __init__(self, cache: LatentCache, codec: VAECodec, seed: int) -> None:
+        self.cache, self.seed = cache, seed
+        self.labels, self.class_names = cache.labels, cache.class_names
+        self.shape = (codec.latent_channels, *cache.shape[1:])
+        self.normalisation = codec.normalisation  # on the CPU: workers never touch a GPU
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        moments = self.cache.moments(key.image, key.flip)[None].float()
+        draw = keyed_generator(self.seed, key.seen, RandomStream.POSTERIOR)
+        noise = torch.from_numpy(draw.standard_normal((1, *self.shape), np.float32))
+        return draw_latents(moments, noise, *self.normalisation)[0], int(self.labels[key.image])
 
 
 def open_cache(folder: Path) -> LatentCache:
@@ -247,10 +275,3 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def latent_stream(cache: LatentCache, plan: Plan, workers: int, device: torch.device) -> Stream:
-    """Moments, float16 [b, 2c, h, w], by step; small caches are held on the device."""
-    if cache.num_bytes <= IN_MEMORY_BYTES:
-        return MemoryStream(cache.load(device), plan)
-    return WorkerStream(cache, plan, workers, device)

@@ -1,0 +1,190 @@
+"""From a data set to training batches, which worker processes make ahead of their step.
+
+    files or latent cache -> data set: key -> (x_start, label) -> NoisyBatches: + t, noise, drop_label -> DataLoader
+
+All that is random about an image depends on (seed, how many images were seen before it): not on the batch it is in, on
+ranks, workers, or a resumed run. Letters: b images of this rank's share of a batch, c channels and h = w side of what
+the network sees.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diffit import distributed
+from diffit.codec import Codec, PixelCodec, VAECodec
+from diffit.data.augment import augment, draw_augmentation
+from diffit.data.config import DataConfig
+from diffit.data.datasets import (
+    PixelDataset,
+    Unreadable,
+    UnreadableImagesError,
+    as_it_is,
+    fitting_labels,
+    listing,
+    open_images,
+    unreadable_images,
+    worker_count,
+)
+from diffit.data.encode import encode_images
+from diffit.data.latent_cache import MANIFEST, LatentCache, LatentDataset, open_cache
+from diffit.data.sampler import BatchSampler, Key
+from diffit.diffusion import Process
+from diffit.diffusion.noise import RandomStream, keyed_generator
+from diffit.distributed import World
+
+TrainingSet = PixelDataset | LatentDataset
+
+
+class Batch(NamedTuple):
+    """What one rank sees in a step.
+
+    x_start and noise [b, c, h, w]; t [b], see `Process.draw_t`; conditions: what the network is told by keyword, each
+    [b] or [b, features]: y, drop_label (bool) and, of augmented images, augment_labels.
+    """
+
+    x_start: Tensor
+    noise: Tensor
+    t: Tensor
+    conditions: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; from pinned memory the copy does not wait for it."""
+        x_start, noise, t = (tensor.to(device, non_blocking=True) for tensor in (self.x_start, self.noise, self.t))
+        conditions = {name: tensor.to(device, non_blocking=True) for name, tensor in self.conditions.items()}
+        return Batch(x_start, noise, t, conditions)
+
+
+@dataclass(frozen=True)
+class NoisyBatches(Dataset[Batch]):
+    """What a worker makes of the keys of a batch.
+
+    Args:
+        dataset: key -> (x_start [c, h, w], label).
+        num_classes: of the network; without classes every label is its null label, 0.
+        process: the diffusion process, which draws t.
+        seed: of all that is drawn.
+        label_dropout: probability that a label becomes null.
+        augment: probability of each transform of EDM's augmentation; 0 is no augmentation at all.
+    """
+
+    dataset: TrainingSet
+    num_classes: int
+    process: Process
+    seed: int
+    label_dropout: float
+    augment: float = 0.0
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | ValueError:
+        """The batch, or what is wrong with its images: a DataLoader would bury the sentence of a raised error."""
+        items: list[tuple[Tensor, int]] = []
+        unreadable: list[Unreadable] = []
+        for key in keys:
+            try:
+                items.append(self.dataset[key])
+            except UnreadableImagesError as error:
+                unreadable += error.images
+        if unreadable:
+            return UnreadableImagesError(unreadable)
+        x_start = torch.stack([x for x, _ in items])
+        y = fitting_labels(np.array([label for _, label in items]), self.num_classes)
+        draws = [keyed_generator(self.seed, key.seen, RandomStream.CORRUPTION) for key in keys]
+        t = np.concatenate([self.process.draw_t(draw, 1) for draw in draws])
+        drop = np.array([draw.random() < self.label_dropout for draw in draws])
+        noise = np.stack([draw.standard_normal(x_start.shape[1:], np.float32) for draw in draws])
+        conditions = {"y": torch.from_numpy(y), "drop_label": torch.from_numpy(drop)}
+        if self.augment:
+            done = draw_augmentation(draws, self.augment)
+            x_start, conditions["augment_labels"] = augment(x_start, done), done.labels()
+        return Batch(x_start, torch.from_numpy(noise), torch.from_numpy(t), conditions)
+
+
+def training_batches(
+    batches: NoisyBatches, sampler: BatchSampler, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """The batches of the sampler's steps, on the device.
+
+    Raises:
+        UnreadableImagesError: at the step whose images cannot be decoded.
+    """
+    loader = DataLoader(
+        batches,
+        batch_sampler=sampler,
+        collate_fn=as_it_is,
+        num_workers=worker_count(workers),
+        worker_init_fn=_ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch.to(device)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A scheduler signals all processes of a job: the rank decides, and its workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def open_training_set(
+    config: DataConfig, codec: Codec, image_size: int, channels: int, *, seed: int, cache: Path, world: World
+) -> TrainingSet:
+    """The data set as the network sees it; a latent model's is encoded first, unless its cache is finished.
+
+    Args:
+        config: which images.
+        codec: between images and the network.
+        image_size: side of the images.
+        channels: of the network's input.
+        seed: of the draws from the VAE's posterior.
+        cache: folder of the latent cache if the config names none.
+        world: all ranks call this.
+
+    Raises:
+        ValueError, FileNotFoundError: in one sentence, for what is wrong with data or cache.
+    """
+    if isinstance(codec, PixelCodec):
+        images = open_images(config.name, config.path, image_size, channels)
+        if config.skip_unreadable:
+            unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers))
+            if len(unreadable) == len(images):
+                raise UnreadableImagesError(unreadable)
+            if unreadable and world.is_main:
+                print(f"left out {listing(unreadable)}", file=sys.stderr)
+            images = images.keep(np.delete(np.arange(len(images)), [image.index for image in unreadable]))
+        return PixelDataset(images)
+    folder = Path(config.cache).expanduser() if config.cache else cache
+    latents = _latents(config, codec, image_size, folder, world)
+    latents.check(codec, image_size, config.flip)
+    return LatentDataset(latents, codec, seed)
+
+
+def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path, world: World) -> LatentCache:
+    """A finished cache, if it is of the data set that the config names or if it names none; else one is made."""
+    finished = distributed.on_main(world, (folder / MANIFEST).exists)
+    if finished and config.name == "folder" and config.path is None:
+        return open_cache(folder)
+    images = open_images(config.name, config.path, image_size, codec.image_channels)
+    if finished:
+        cache = open_cache(folder)
+        if cache.settings.data != images.source.fingerprint():
+            raise ValueError(f"the latents in {folder} are of other images: choose another --data.cache or --run_dir")
+        return cache
+    return encode_images(
+        *(images, codec, folder),
+        flip=config.flip,
+        workers=config.workers,
+        world=world,
+        skip_unreadable=config.skip_unreadable,
+    )
