@@ -12,16 +12,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from diffit.data.config import DataName
 from diffit.data.files import MODES, image_files, square_pixels
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 T = TypeVar("T")
 
@@ -58,7 +56,7 @@ class PictureSource(Protocol):
     def name(self, index: int) -> str:
         """What a message calls the picture."""
 
-    def picture(self, index: int) -> Image:
+    def picture(self, index: int) -> Image.Image:
         """Decoded; raises anything if it is damaged."""
 
     def fingerprint(self) -> str:
@@ -108,9 +106,7 @@ class ImageArrays:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def picture(self, index: int) -> Image:
-        from PIL import Image
-
+    def picture(self, index: int) -> Image.Image:
         pixels = self.images[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 

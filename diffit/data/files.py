@@ -15,13 +15,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from PIL import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MODES = {1: "L", 3: "RGB"}  # by number of channels, as Pillow calls them
@@ -56,10 +54,8 @@ class ImageFiles:
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
 
-    def picture(self, index: int) -> Image:
+    def picture(self, index: int) -> Image.Image:
         """Picture `index`, decoded. Raises whatever the decoder raises if it cannot be."""
-        from PIL import Image
-
         with self._open(self.names[index]) as file:
             picture = Image.open(file)
             picture.load()
@@ -163,23 +159,21 @@ def _counts(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
 
 
-def centre_crop(picture: Image, size: int) -> Image:
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     """The central size x size square of a picture whose short side was brought to that size (ADM, section on data).
 
     Halved by box averages while both sides are at least twice the size, then resized bicubically: so no step shrinks by
     more than 2, whatever the filter of the library does beyond.
     """
-    from PIL.Image import Resampling
-
     while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Resampling.BICUBIC)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
 
-def square_pixels(picture: Image, size: int, channels: int) -> NDArray[np.uint8]:
+def square_pixels(picture: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
     """The centre crop of a picture as uint8 [S, S, C]."""
     pixels = np.array(centre_crop(picture.convert(MODES[channels]), size))
     return pixels.reshape(size, size, channels)

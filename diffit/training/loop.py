@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from diffit import distributed
-from diffit.checkpoint import find_checkpoint
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion import create_process
 from diffit.distributed import World
 from diffit.files import as_tree, write_atomically
 from diffit.models.config import NetworkConfig
+from diffit.sources import find_checkpoint
 from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, save_run
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.ema import EMA, ema_decays
