@@ -6,34 +6,16 @@ Letters: B batch, c latent channels, h = w latent side, C image channels, H = W 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from diffit.config import PIXELS, STABILITY_VAE, CodecConfig
 from diffit.files import first_line, quiet_hub
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 BUNDLED_VAES = {"Diffit-Fashion-VAE": Path(__file__).parent / "bundled" / "diffit_fashion_vae"}
-STABILITY_VAE = "stabilityai/sd-vae-ft-{}"
-PIXELS = "pixels"
 _PIXELS_AT_ONCE = 1 << 20  # 16 images of 256 x 256, 4 of 512 x 512
-
-
-@dataclass(frozen=True)
-class CodecConfig:
-    """How images become what the network sees.
-
-    Args:
-        vae: an AutoencoderKL of diffusers: a bundled name, a folder, or a Hub id; or `pixels`, for a network that sees
-            the images themselves.
-        factor: image side over latent side; 1 for pixels.
-    """
-
-    vae: str = STABILITY_VAE.format("ema")
-    factor: int = 8
 
 
 class VAECodec:
@@ -52,8 +34,6 @@ class VAECodec:
     """
 
     def __init__(self, config: CodecConfig, device: torch.device, compiled: bool = False) -> None:
-        import torch
-
         self.reference, self.factor = config.vae, config.factor
         self.vae = _load_vae(config.vae).eval().requires_grad_(False).to(device)
         self.vae.decoder.to(memory_format=torch.channels_last)  # which convolutions prefer
@@ -90,8 +70,6 @@ class VAECodec:
 
         As many images at a time as `_PIXELS_AT_ONCE` allows: the memory does not grow with B.
         """
-        import torch
-
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         parts = latents.split(max(1, _PIXELS_AT_ONCE // pixels))
         return torch.cat([to_uint8(self.vae.decode(z / self._scale + self._mean).sample) for z in parts])
@@ -140,13 +118,11 @@ def create_codec(config: CodecConfig, device: torch.device, compiled: bool = Fal
 
 def to_uint8(x: Tensor) -> Tensor:
     """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; truncated, not rounded, as the published samples were."""
-    import torch
-
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _load_vae(reference: str):  # type: ignore[no-untyped-def]
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL  # takes seconds, which pixels do not pay
 
     path = BUNDLED_VAES.get(reference, Path(reference))
     source = str(path) if path.is_dir() else reference

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
+from diffit.config import Precision
 
 
 def resolve_device(name: str) -> torch.device:
@@ -19,8 +17,6 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ValueError: if the machine does not have it.
     """
-    import torch
-
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -31,31 +27,23 @@ def resolve_device(name: str) -> torch.device:
 
 def to_device(values: Tensor | NDArray[Any], device: torch.device) -> Tensor:
     """What the CPU has, as a tensor on the device; pinned on the way, so that the copy does not wait for the device."""
-    import torch
-
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def set_matmul_precision(precision: Precision) -> None:
     """Let float32 products use TF32 tensor cores, or not; both settings of PyTorch speak."""
-    import torch
-
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def product_dtype(precision: Precision) -> torch.dtype:
     """What matrix products take in at this precision; TF32 takes float32."""
-    import torch
-
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def autocast(model: nn.Module, device: torch.device, precision: Precision) -> Any:
     """The model, called under autocast where the precision is a 16-bit one."""
-    import torch
-
     if precision in ("fp32", "tf32"):
         return model
     dtype = product_dtype(precision)

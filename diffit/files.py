@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from huggingface_hub.utils import logging
 
 _PIECE = 1 << 22
 
@@ -83,8 +84,6 @@ def quiet_hub() -> Iterator[None]:
 
     What goes wrong is raised, and said once by the caller.
     """
-    from huggingface_hub.utils import logging
-
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 
 def fail(message: str) -> NoReturn:
@@ -18,7 +18,6 @@ def fail(message: str) -> NoReturn:
 
 def build_parser(config_class: type, prog: str, description: str, epilog: str) -> ArgumentParser:
     """A parser whose flags are the fields of a dataclass tree; YAML files come in by --config."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):
         """Keeps the line breaks of the epilog."""
@@ -68,8 +67,6 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     Raises:
         ValueError: in one sentence, for an unknown setting or a value that does not fit.
     """
-    from argparse import ArgumentError
-
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from diffit.checkpoint import CheckpointConfig, Source, find_checkpoint
 from diffit.cli.parser import build_parser, config_first, fail, parse
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
-from diffit.codec import PIXELS
+from diffit.config import PIXELS
 from diffit.diffusion.config import SKIP_BELOW, ProcessSettings, check_process
 from diffit.sampling.config import SampleConfig, SampleTask
+from diffit.sources import CheckpointConfig, Source, find_checkpoint
 
 
 def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:

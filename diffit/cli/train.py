@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from diffit.cli.parser import build_parser, config_first, fail, parse
-from diffit.codec import PIXELS
+from diffit.config import PIXELS
 from diffit.diffusion.config import (
     check_process,
 )

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from diffit.cli.parser import take_flag
-from diffit.codec import STABILITY_VAE
+from diffit.config import STABILITY_VAE
 
 # Upstream's flags (and one short name of ours) -> ours.
 ALIASES = {

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffit.codec import CodecConfig
-from diffit.device import Device
+from diffit.config import CodecConfig, Device
 
 DataName = Literal["folder", "fashion_mnist", "cifar10"]
 

@@ -9,10 +9,11 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from diffit.data.files import SUFFIXES, centre_crop
@@ -21,9 +22,6 @@ from diffit.evaluation.features import Backend
 from diffit.evaluation.reader import ImageFile, Images
 from diffit.evaluation.scores import collect
 from diffit.files import npz_member
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def find_reference(samples: ImageFile) -> Path:
@@ -53,7 +51,7 @@ class ImageSource:
         ValueError: if there are none.
     """
 
-    def __init__(self, count: int, read: Callable[[int], Image], image_size: int | None, padding: int) -> None:
+    def __init__(self, count: int, read: Callable[[int], Image.Image], image_size: int | None, padding: int) -> None:
         if not count:
             raise ValueError("the source holds no images (.png, .jpg, .webp or .bmp)")
         self.count, self._read, self._size, self._padding = count, read, image_size, padding
@@ -101,10 +99,8 @@ def open_source(name: str, image_size: int | None = None, root: str = "data", pa
     return ImageSource(count, read, image_size, padding)
 
 
-def _pictures(name: str, root: str) -> tuple[int, Callable[[int], Image]]:
+def _pictures(name: str, root: str) -> tuple[int, Callable[[int], Image.Image]]:
     """How many pictures a data set has, and the function that reads one."""
-    from PIL import Image
-
     path = Path(name)
     if name.startswith("torchvision:"):
         items = _torchvision(name.partition(":")[2], root)

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
-from diffit.device import Precision, product_dtype
+from diffit.config import Precision
+from diffit.device import product_dtype
 from diffit.models.image import DiffiTResBlock, ImageDiffiT, Stage
 from diffit.models.latent import DiffiT
 from diffit.nn.attention import TMSA, Attention, fused_attention, matmul_attention, relative_position_bias
@@ -51,8 +53,6 @@ def compiles(device: torch.device) -> bool:
     """Whether compilation can be had and pays for itself: on CUDA; on a CPU it takes longer than most runs."""
     if device.type != "cuda":
         return False
-    from torch.utils._triton import has_triton
-
     return has_triton()  # not on Windows or old GPUs
 
 

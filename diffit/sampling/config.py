@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from diffit.checkpoint import CheckpointConfig, Source
-from diffit.device import Device, Precision
+from diffit.config import Device, Precision
 from diffit.diffusion.config import ProcessSettings
+from diffit.sources import CheckpointConfig, Source
 
 
 @dataclass(frozen=True)

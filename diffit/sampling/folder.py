@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from diffit.files import difference, npz_member, write_atomically
 
@@ -172,16 +173,12 @@ def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
         _picture(image).save(folder / f"{first + offset:06d}.png")
 
 
-def _picture(image: NDArray[np.uint8]):  # type: ignore[no-untyped-def]
-    from PIL import Image
-
+def _picture(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_grid(path: Path, images: NDArray[np.uint8], titles: Sequence[str]) -> None:
     """A picture of up to some dozens of images [B, H, W, C], each with its title above; small images are enlarged."""
-    from PIL import Image, ImageDraw, ImageFont
-
     count, height, width = images.shape[:3]
     zoom = max(1, 128 // width)
     columns = min(count, max(4, round(count**0.5)))

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 import diffit
 from diffit import distributed
-from diffit.checkpoint import CheckpointConfig, load_weights
+from diffit.checkpoint import load_weights
 from diffit.codec import Codec, create_codec
-from diffit.device import Precision, autocast, resolve_device, set_matmul_precision
+from diffit.config import Precision
+from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import create_sampler
 from diffit.distributed import World
 from diffit.files import as_tree, sha256
@@ -33,6 +34,7 @@ from diffit.models.fast import compiles, fast_network, fast_precision
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
 from diffit.sampling.images import batch_labels, class_names, resolve_labels, sample_batch
+from diffit.sources import CheckpointConfig
 
 # Settings that do not change a sample; a resumed run may change them.
 _FREE = ("log_dir", "batch_size", "save_png", "overwrite", "dry_run", "model_path")

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from diffit.checkpoint import CheckpointConfig
 from diffit.codec import Codec, create_codec
 from diffit.device import to_device
 from diffit.diffusion import SampleNoise, create_sampler, guided_model
 from diffit.diffusion.config import check_process
 from diffit.diffusion.samplers import Sampler
+from diffit.sources import CheckpointConfig
 
 Callback = Callable[[int, int, Tensor], Any]
 
@@ -145,8 +146,6 @@ def class_names(config: CheckpointConfig) -> Sequence[str]:
     if config.class_names:
         return config.class_names
     if num_classes == 1000:
-        from timm.data import ImageNetInfo
-
         imagenet = ImageNetInfo()
         return [imagenet.index_to_description(i).split(",")[0] for i in range(1000)]
     return [str(i) for i in range(num_classes)]

@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from diffit import distributed
-from diffit.checkpoint import CheckpointConfig, find_checkpoint, load_weights, save_checkpoint
+from diffit.checkpoint import load_weights, save_checkpoint
 from diffit.distributed import World
+from diffit.sources import CheckpointConfig, find_checkpoint
 from diffit.training.config import TrainConfig
 from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
 from diffit.training.step import TrainState

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from diffit.checkpoint import CheckpointConfig
-from diffit.codec import CodecConfig
+from diffit.config import CodecConfig, Device, Precision
 from diffit.data.config import DataConfig
-from diffit.device import Device, Precision
 from diffit.diffusion.config import ProcessSettings
 from diffit.models.config import DiffiTConfig, model_config
+from diffit.sources import CheckpointConfig
 
 
 @dataclass(frozen=True)

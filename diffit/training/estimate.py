@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffit.device import Precision, product_dtype
+from diffit.config import Precision
+from diffit.device import product_dtype
 from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config
 from diffit.training.config import TrainConfig
 
@@ -108,8 +110,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes this process has held on its GPU, or, without one, in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource
-    import sys
+    import resource  # Windows has none
 
     used: Any = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024

@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
-from diffit.checkpoint import CheckpointConfig
 from diffit.codec import create_codec
-from diffit.device import Precision, autocast
+from diffit.config import Precision
+from diffit.device import autocast
 from diffit.diffusion import create_sampler
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images, share
 from diffit.sampling.folder import save_grid
 from diffit.sampling.images import batch_labels, sample_batch
+from diffit.sources import CheckpointConfig
 from diffit.training.config import TrainConfig
 
 _IMAGES, _SEED = 16, 0
@@ -60,8 +62,6 @@ def save_preview(draw: Draw, model: nn.Module, config: CheckpointConfig, path: P
 
 def read_picture(path: Path) -> np.ndarray:
     """A picture file as uint8 [H, W, C]."""
-    from PIL import Image
-
     return np.asarray(Image.open(path).convert("RGB"))
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffit.checkpoint import find_checkpoint, load_weights
+from diffit.checkpoint import load_weights
 from diffit.models.config import NetworkConfig, build_model
+from diffit.sources import find_checkpoint
 from diffit.training.config import TrainConfig
 
 _LABELS = "y_embedder.embedding_table.weight"

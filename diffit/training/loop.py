@@ -9,7 +9,6 @@ import torch
 import yaml
 
 from diffit import distributed
-from diffit.checkpoint import CheckpointConfig, find_checkpoint
 from diffit.codec import create_codec
 from diffit.data.datasets import fitting_labels
 from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_set, training_batches
@@ -19,6 +18,7 @@ from diffit.diffusion import create_process
 from diffit.distributed import World
 from diffit.files import as_tree, write_atomically
 from diffit.models.config import NetworkConfig, model_config
+from diffit.sources import CheckpointConfig, find_checkpoint
 from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, save_run
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.ema import EMA, ema_decays

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from diffit.distributed import World
@@ -43,9 +45,6 @@ def apply_activation_checkpointing(model: nn.Module) -> None:
 
 def shard(model: nn.Module, world: World, device: torch.device) -> None:
     """Share the parameters of a network out over all ranks, in place."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(device.type, (world.size,))
     for module in (*blocks(model), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -6,7 +6,8 @@ The loader computes in fp32 again. The VAE beside it was written in fp16 by trai
 import argparse
 from pathlib import Path
 
-from diffit.checkpoint import BUNDLED, find_checkpoint, load_weights, save_checkpoint
+from diffit.checkpoint import load_weights, save_checkpoint
+from diffit.sources import BUNDLED, find_checkpoint
 
 
 def main() -> None:

@@ -1,0 +1,204 @@
+"""Checkpoints that say what they are: safetensors whose metadata hold the config of the model and how to sample it.
+
+A checkpoint is named by a bundled name ("Diffit-Fashion"), a file, or the released weights on the Hub ("Diffit").
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from diffit.config import PIXELS, CodecConfig
+from diffit.diffusion.config import GuidanceConfig, ProcessSettings, SamplingConfig
+from diffit.files import quiet_hub
+from diffit.models.config import ZOO, DiffiTConfig, NetworkConfig, model_config
+
+BUNDLED = {"Diffit-Fashion": Path(__file__).parent / "bundled" / "diffit_fashion.safetensors"}
+HUB_REPOSITORY = "nvidia/DiffiT"
+METADATA_KEY = "diffit"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(ProcessSettings):
+    """What a checkpoint says about itself: the model, the process it was trained for, how best to sample it."""
+
+    model: str
+    network: NetworkConfig
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    class_names: tuple[str, ...] = ()
+    made_by: str = ""  # the recipe and how far it was followed
+
+    @property
+    def image_size(self) -> int:
+        return self.network.input_size * self.codec.factor
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckpointConfig:
+        """The inverse of to_json. Raises TypeError or KeyError if the text is not of this version."""
+        tree = json.loads(text)
+        guidance = tree["guidance"]
+        guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
+        # Files of before a process was known lack its node; theirs are the defaults.
+        nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
+        known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
+        return cls(
+            model=tree["model"],
+            network=model_config(tree["model"], **tree["network"]),
+            process=tree.get("process", "gaussian"),
+            codec=CodecConfig(**tree["codec"]),
+            class_names=tuple(tree["class_names"]),
+            made_by=tree["made_by"],
+            **known,
+        )
+
+
+# The published settings of the released weights: image size -> file and guidance.
+RELEASED: dict[int, tuple[str, GuidanceConfig]] = {
+    256: ("diffit_256.safetensors", GuidanceConfig(scale=4.4, schedule="power_cosine")),
+    512: ("diffit_512.safetensors", GuidanceConfig(scale=1.49, schedule="constant")),
+}
+
+
+def default_config(model: str, image_size: int | None) -> CheckpointConfig:
+    """The config of weights without metadata, from the model's name and the image size.
+
+    Raises:
+        ValueError: if the model is unknown.
+    """
+    network = model_config(model)
+    latent = isinstance(network, DiffiTConfig)
+    codec = CodecConfig() if latent else CodecConfig(PIXELS, factor=1)
+    if image_size is not None:
+        network = replace(network, input_size=image_size // codec.factor)
+    if not latent:
+        sampling = SamplingConfig("heun", num_sampling_steps=18 if network.input_size <= 32 else 40)
+        return CheckpointConfig(model, network, codec, process="edm", sampling=sampling)
+    _, guidance = RELEASED.get(network.input_size * codec.factor, ("", GuidanceConfig()))
+    return CheckpointConfig(model, network, guidance=guidance if model == "Diffit" else GuidanceConfig())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from: a file that exists, or one of the released files, to be downloaded when loaded."""
+
+    path: Path | None
+    hub_file: str | None = None
+
+    def fetch(self) -> Path:
+        """The file, downloaded once if it is on the Hub.
+
+        Raises:
+            ValueError: if the Hub cannot be reached and the file was not downloaded before.
+        """
+        return self.path or _download(HUB_REPOSITORY, self.hub_file or "")
+
+    def __str__(self) -> str:
+        return str(self.path or f"{HUB_REPOSITORY}/{self.hub_file}")
+
+
+def find_checkpoint(
+    model: str | None = None, path: str | Path | None = None, image_size: int | None = None
+) -> tuple[Source, CheckpointConfig]:
+    """Where the weights are and what they are, without loading them.
+
+    Args:
+        model: a name of the zoo; needed where a file says nothing of itself.
+        path: a .safetensors or .pt file, or a Hub file "owner/repository/file"; without it the model's bundled or
+            released weights are meant.
+        image_size: side of the images, in pixels; by default the checkpoint's own.
+
+    Raises:
+        ValueError: in one sentence, if anything does not exist or does not fit together.
+    """
+    if model is not None:
+        model_config(model)  # refuses an unknown name
+    if path is None:
+        source, config = _named(model or "Diffit-Fashion", image_size)
+    else:
+        source = _given(str(path))
+        config = read_metadata(source.path) or _assumed(source, model, image_size)
+    if model is not None and config.model != model:
+        raise ValueError(f"{source} holds {config.model}, not {model}: drop --model, or give another file")
+    if image_size is not None and config.image_size != image_size:
+        raise ValueError(
+            f"{source} makes images of {config.image_size}x{config.image_size}, not {image_size}x{image_size}: "
+            "drop --image_size, or give weights trained at that size"
+        )
+    return source, config
+
+
+def _named(model: str, image_size: int | None) -> tuple[Source, CheckpointConfig]:
+    if model in BUNDLED:
+        source = Source(BUNDLED[model])
+        config = read_metadata(source.path)
+        if config is None:
+            raise ValueError(f"{source} is missing or damaged: install diffit again")
+        return source, config
+    if model != "Diffit":
+        raise ValueError(f"no weights were released for {model}: give yours with --model_path")
+    if image_size not in (None, *RELEASED):
+        raise ValueError(f"no weights were released for {image_size}x{image_size}: choose 256 or 512")
+    size = image_size or 256
+    return Source(None, RELEASED[size][0]), default_config(model, size)
+
+
+def _given(path: str) -> Source:
+    file = Path(path).expanduser()
+    if file.is_file():
+        return Source(file)
+    if path.count("/") == 2 and not file.parent.is_dir() and file.suffix == ".safetensors" and not file.is_absolute():
+        owner, repository, name = path.split("/")
+        return Source(_download(f"{owner}/{repository}", name))
+    hint = "it is a folder; name the file in it" if file.is_dir() else "check the path"
+    raise ValueError(f"there is no checkpoint file {path}: {hint}, or leave --model_path out for the released weights")
+
+
+def _assumed(source: Source, model: str | None, image_size: int | None) -> CheckpointConfig:
+    if model is None:
+        raise ValueError(f"{source} does not say which model it holds: name it with --model, one of {', '.join(ZOO)}")
+    return default_config(model, image_size)
+
+
+def read_metadata(path: Path | None) -> CheckpointConfig | None:
+    """The config in a file's metadata; None if it is not safetensors or carries none.
+
+    Raises:
+        ValueError: if the file is damaged, or of another version.
+    """
+    if path is None or path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): copy or download it again") from error
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return CheckpointConfig.from_json(metadata[METADATA_KEY])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} was written by another version of diffit ({error}): update diffit") from error
+
+
+def _download(repository: str, name: str) -> Path:
+    try:
+        with quiet_hub():
+            return Path(hf_hub_download(repository, name))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"cannot reach the Hub for {repository}/{name}: check the network, or download the file elsewhere and "
+            "name it with --model_path"
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"the Hub did not give {repository}/{name} ({str(error).strip().splitlines()[0]}): check the name, or "
+            "download the file elsewhere and name it with --model_path"
+        ) from error
