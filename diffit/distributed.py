@@ -1,30 +1,31 @@
-"""Processes: who am I, and what all must agree on. Works alone, under torchrun, and from Slurm's variables."""
+"""Ranks: who am I, and what all must agree on. Works alone, under torchrun, and from Slurm's variables."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
 
-# A rank may wait long for the others: they sample at their own pace, or one of them downloads weights.
-_TIMEOUT = timedelta(days=7)
+# For rank 0 alone to download, encode or look at images, and for ranks that sample at their own pace, all wait long.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, and its rank on this machine."""
+    """This rank among all: its number, their count, its number on this machine, and the group that waits long."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    patient: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +46,7 @@ def detect_world() -> World:
     launched = _integers("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if launched is None:
         launched = _integers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    return World(*launched) if launched else World()
+    return World(*launched[:3]) if launched else World()
 
 
 def _slurm_address() -> str:
@@ -54,25 +55,29 @@ def _slurm_address() -> str:
     return re.sub(r"^([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?.*$", lambda m: m[1] + (m[2] or ""), nodes)
 
 
-def start(device: torch.device) -> World:
-    """Join the other processes, if there are any; give this one its GPU.
+def start(device: torch.device, minutes: float = 10.0) -> World:
+    """Join the other ranks, if there are any; give this one its GPU.
 
-    Small messages (agreement, barriers) go over gloo and gradients of GPUs over NCCL.
+    Small messages (agreement, barriers) go over gloo and gradients of GPUs over NCCL. Collectives that all ranks reach
+    at the same pace fail after these minutes; `barrier` and `on_main` wait for days.
     """
     world = detect_world()
     if device.type == "cuda":
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    if world.size > 1 and not dist.is_initialized():
+    if world.size == 1:
+        return world
+    if not dist.is_initialized():
         if "RANK" not in os.environ:
             os.environ.setdefault("MASTER_ADDR", _slurm_address())
             os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", 0)) % 1000))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
-    return world
+        limit = timedelta(minutes=minutes)
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
+    return replace(world, patient=dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 def stop() -> None:
-    """Leave the other processes."""
+    """Leave the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -80,7 +85,7 @@ def stop() -> None:
 def barrier(world: World) -> None:
     """Wait for all."""
     if world.size > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU: waits without occupying a GPU
+        dist.all_reduce(torch.zeros(1), group=world.patient)  # on the CPU: waits without occupying a GPU
 
 
 def on_main(world: World, function: Callable[[], T]) -> T:
@@ -93,7 +98,7 @@ def on_main(world: World, function: Callable[[], T]) -> T:
             outcome = [(function(), None)]
         except Exception as error:
             outcome = [(None, error)]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=world.patient)
     result, failure = outcome[0]
     if failure is not None:
         raise failure

@@ -1,22 +1,31 @@
-"""Small things about files that every package needs: atomic writes, .npz, hashes, comparisons, and quiet downloads."""
+"""Small things about files that every package needs: atomic writes, locks, .npz, hashes, comparisons."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import socket
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from huggingface_hub.utils import logging
+from numpy.typing import NDArray
+
+try:
+    import fcntl
+except ImportError:  # Windows has no record locks: two commands in one folder are not told apart there
+    fcntl = None  # type: ignore[assignment]
 
 _PIECE = 1 << 22
+_LOCK = ".lock"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -38,6 +47,48 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Have a folder, which is made if need be, for this process alone until the block ends.
+
+    It is a POSIX record lock on a file that names its holder: the system frees it when the process dies, forked workers
+    do not inherit it, and network file systems know it.
+
+    Raises:
+        ValueError: naming host and process of who has it, or if the folder cannot be written to.
+    """
+    path = folder / _LOCK
+    while fcntl is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")  # noqa: SIM115 (it stays open as long as the lock)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise ValueError(
+                f"{folder} is in use by {holder}: wait for it or stop it, or choose another folder"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its last holder has just removed it
+    else:
+        yield
+        return
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def npz_member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
     """An array inside an .npz, open for its data in C order; its header is already written."""
     info = zipfile.ZipInfo(f"{name}.npy")  # its date is 1980, so equal arrays make equal files
@@ -45,6 +96,13 @@ def npz_member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tupl
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(member, header)
         yield member
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """An array as the contents of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def sha256(path: Path) -> str:
@@ -61,13 +119,13 @@ def as_tree(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    """The settings that differ, as 'seed: 0, now 1; guidance.scale: 1.5, now 4.4'."""
+def difference(old: dict[str, Any], new: dict[str, Any], free: Collection[str] = (), prefix: str = "") -> str:
+    """The settings that differ, but for the free ones, as 'seed: 0, now 1; guidance.scale: 1.5, now 4.4'."""
     parts = []
-    for key in sorted({*old, *new}):
+    for key in sorted(key for key in {*old, *new} if f"{prefix}{key}" not in free):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            parts.append(difference(a, b, f"{prefix}{key}."))
+            parts.append(difference(a, b, free, f"{prefix}{key}."))
         elif a != b:
             parts.append(f"{prefix}{key}: {a}, now {b}")
     return "; ".join(part for part in parts if part)

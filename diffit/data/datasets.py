@@ -27,7 +27,7 @@ from diffit.codec import PixelCodec
 from diffit.data.config import DataName
 from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
 from diffit.data.sampler import Key
-from diffit.files import first_line
+from diffit.files import first_line, npy_bytes, write_atomically
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ FASHION_CLASSES = (
 )
 # Where Debian's dataset-fashion-mnist keeps the original files.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+CHECKED = "checked_images.npy"
 _NAMED_IN_ERRORS = 5
 
 
@@ -190,22 +191,32 @@ class _Decoded(Dataset[Any]):
         return self.images.readable(indices)
 
 
-def decode_ahead(images: ImageDataset, batches: list[range], workers: int) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+def decode_ahead(
+    images: ImageDataset, batches: Sequence[Sequence[int]], workers: int
+) -> Iterator[tuple[Tensor, list[Unreadable]]]:
     """`images.readable` of each batch of indices, in their order, decoded ahead by worker processes."""
     workers = worker_count(workers)
     return iter(DataLoader(_Decoded(images), batch_sampler=batches, collate_fn=as_it_is, num_workers=workers))  # type: ignore[arg-type]
 
 
-def unreadable_images(images: ImageDataset, workers: int) -> list[Unreadable]:
-    """Decode all images once, and list those that cannot be. Images in memory are whole."""
+def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[Unreadable]:
+    """Decode all images once, and list those that cannot be.
+
+    Files that could be decoded are remembered in `folder`, by name, size and time, and not looked at again.
+    """
     if isinstance(images.source, ImageArrays):
         return []
-    batches = [range(first, min(first + 64, len(images))) for first in range(0, len(images), 64)]
+    memory, stamps = folder / CHECKED, images.source.stamps()
+    known = np.load(memory) if memory.exists() else np.empty(0, np.uint64)
+    fresh = np.flatnonzero(~np.isin(stamps, known)).tolist()
+    batches = [fresh[first : first + 64] for first in range(0, len(fresh), 64)]
     found: list[Unreadable] = []
-    with tqdm(total=len(images), desc="checking images", unit="img") as bar:
+    with tqdm(total=len(fresh), desc="checking images", unit="img", disable=not fresh) as bar:
         for batch, (_, unreadable) in zip(batches, decode_ahead(images, batches, workers), strict=True):
             found += unreadable
             bar.update(len(batch))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(memory, npy_bytes(np.delete(stamps, [image.index for image in found])))
     return found
 
 

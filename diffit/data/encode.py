@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,14 +31,13 @@ from diffit.data.latent_cache import (
     CacheSettings,
     LatentCache,
     Shard,
-    npy_bytes,
     open_cache,
     shard_is_whole,
     write_manifest,
 )
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.distributed import World
-from diffit.files import difference, write_atomically
+from diffit.files import difference, exclusive, npy_bytes, write_atomically
 
 SHARD_SIZE = 1024
 _SETTINGS = "settings.json"  # of a cache in the making
@@ -121,7 +120,8 @@ def encode_images(
         ValueError: if images are unreadable, the folder holds a cache of other settings, or cannot be written.
     """
     making = _Making(folder, images, CacheSettings.of(images, codec, flip, shard_size))
-    with _explained(folder):
+    with ExitStack() as held, _explained(folder):
+        distributed.on_main(world, lambda: held.enter_context(exclusive(folder)))
         missing = distributed.on_main(world, lambda: making.prepare(skip_unreadable))
         _write_shards(making, codec, missing[world.rank :: world.size], workers, show=world.is_main)
         distributed.barrier(world)

@@ -15,7 +15,6 @@ Letters: N images of the set, n of a shard, F flips (1 or 2), c latent channels,
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -33,7 +32,7 @@ from diffit.codec import VAECodec, draw_latents
 from diffit.data.datasets import ImageDataset, Unreadable
 from diffit.data.sampler import Key
 from diffit.diffusion.noise import RandomStream, keyed_generator
-from diffit.files import sha256, write_atomically
+from diffit.files import npy_bytes, sha256, write_atomically
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 FORMAT = 1
@@ -268,10 +267,3 @@ def write_manifest(cache: LatentCache) -> None:
     }
     write_atomically(cache.folder / LABELS, labels)
     write_atomically(cache.folder / MANIFEST, json.dumps(tree, indent=1).encode())
-
-
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """An array as the contents of a .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()

@@ -138,7 +138,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def open_training_set(
-    config: DataConfig, codec: Codec, image_size: int, channels: int, *, seed: int, cache: Path, world: World
+    config: DataConfig, codec: Codec, image_size: int, channels: int, *, seed: int, run_dir: Path, world: World
 ) -> TrainingSet:
     """The data set as the network sees it; a latent model's is encoded first, unless its cache is finished.
 
@@ -148,7 +148,7 @@ def open_training_set(
         image_size: side of the images.
         channels: of the network's input.
         seed: of the draws from the VAE's posterior.
-        cache: folder of the latent cache if the config names none.
+        run_dir: folder of the run: of the latent cache, if the config names none, and of what is known of the images.
         world: all ranks call this.
 
     Raises:
@@ -156,15 +156,15 @@ def open_training_set(
     """
     if isinstance(codec, PixelCodec):
         images = open_images(config.name, config.path, image_size, channels)
-        if config.skip_unreadable:
-            unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers))
-            if len(unreadable) == len(images):
-                raise UnreadableImagesError(unreadable)
-            if unreadable and world.is_main:
+        unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers, run_dir))
+        if unreadable and (not config.skip_unreadable or len(unreadable) == len(images)):
+            raise UnreadableImagesError(unreadable)
+        if unreadable:
+            if world.is_main:
                 print(f"left out {listing(unreadable)}", file=sys.stderr)
             images = images.keep(np.delete(np.arange(len(images)), [image.index for image in unreadable]))
         return PixelDataset(images)
-    folder = Path(config.cache).expanduser() if config.cache else cache
+    folder = Path(config.cache).expanduser() if config.cache else run_dir / "cache"
     latents = _latents(config, codec, image_size, folder, world)
     latents.check(codec, image_size, config.flip)
     return LatentDataset(latents, codec, seed)

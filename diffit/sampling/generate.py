@@ -29,7 +29,7 @@ from diffit.config import Precision
 from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import create_sampler
 from diffit.distributed import World
-from diffit.files import as_tree, sha256
+from diffit.files import as_tree, exclusive, sha256
 from diffit.models.fast import compiles, fast_network, fast_precision
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
@@ -51,7 +51,8 @@ def generate(task: SampleTask) -> Path:
     set_matmul_precision(resolve_precision(task.config, device))
     world = distributed.start(device)
     try:
-        return _generate(task, device, world)
+        with contextlib.ExitStack() as held:
+            return _generate(task, device, world, held)
     finally:
         distributed.stop()
 
@@ -61,7 +62,8 @@ def resolve_precision(config: SampleConfig, device: torch.device) -> Precision:
     return config.precision or (fast_precision(device) if config.fast else "fp32")
 
 
-def _generate(task: SampleTask, device: torch.device, world: World) -> Path:
+def _generate(task: SampleTask, device: torch.device, world: World, held: contextlib.ExitStack) -> Path:
+    """The work of `generate`; rank 0 has the folder for itself as long as `held` is open."""
     config, model_config = task.config, task.resolved
     conditional = config.class_cond and model_config.network.num_classes > 0
     names = class_names(model_config)
@@ -74,6 +76,7 @@ def _generate(task: SampleTask, device: torch.device, world: World) -> Path:
     weights = distributed.on_main(world, task.source.fetch)
     settings = distributed.on_main(world, lambda: _settings(task, weights, device))
     folder = SampleFolder(Path(config.log_dir or f"logs/{model_config.model}"), config.num_samples)
+    distributed.on_main(world, lambda: held.enter_context(exclusive(folder.path)))
     distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
     seconds_per_image = None  # compilation included; unknown where nothing was left to sample
     if folder.finished() is None:

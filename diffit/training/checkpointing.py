@@ -10,6 +10,7 @@ A checkpoint is written into NNNNNNNN.part; the marker is its last file, and the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from diffit import distributed
 from diffit.checkpoint import load_weights, save_checkpoint
 from diffit.distributed import World
+from diffit.files import as_tree, difference, first_line, write_atomically
 from diffit.sources import CheckpointConfig, find_checkpoint
 from diffit.training.config import TrainConfig
 from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
@@ -33,6 +36,12 @@ from diffit.training.step import TrainState
 EMA_FILE, STATE_FILE, STATE_FOLDER, PROGRESS_FILE = "ema.safetensors", "state.pt", "state", "progress.json"
 MARKER = "complete.json"
 _PIECE = 1 << 24
+# Settings without which a checkpoint means something else, and those that do not change what a run learns.
+_FIXED = ("process", "diffusion", "edm", "flow", "codec")
+_FREE = {
+    *("run_dir", "dry_run", "log_every", "save_every", "keep", "keep_every", "preview_every", "evaluation"),
+    *("sampling", "guidance", "max_skipped", "rank_timeout", "data.workers", "data.path", "data.cache"),
+}
 
 
 def ema_files(config: TrainConfig) -> list[str]:
@@ -66,14 +75,23 @@ def save_run(
         distributed.on_main(world, partial(_prune, folder, config.keep, config.keep_every))
     except (OSError, RuntimeError) as error:
         distributed.on_main(world, lambda: shutil.rmtree(part, ignore_errors=True))  # gives back its space
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        failed = f"the checkpoint of step {state.step} could not be written ({reason})"
+        failed = f"the checkpoint of step {state.step} could not be written ({write_failure(error)})"
         if must:
             raise ValueError(
                 f"{failed}: mend that and give the same command, which goes on from the newest checkpoint"
             ) from error
         return f"{failed}; the run goes on"
     return None
+
+
+def write_failure(error: BaseException) -> str:
+    """Why a file could not be written: torch.save hides the system's error behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return first_line(error)
+    return "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror or first_line(cause)
 
 
 def load_run(
@@ -96,6 +114,25 @@ def load_run(
         state.scaler.load_state_dict(progress["scaler"])
 
 
+def record_start(run_dir: Path, config: TrainConfig, step: int) -> str:
+    """Write config.yaml, and add the settings to starts.jsonl; returns what changed since the last start, if anything.
+
+    Raises:
+        ValueError: if a run that has taken steps cannot go on with these settings.
+    """
+    path, settings = run_dir / "starts.jsonl", as_tree(config)
+    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    before = starts[-1]["settings"] if starts and step else settings
+    lost = difference({key: before[key] for key in _FIXED}, {key: settings[key] for key in _FIXED})
+    if lost:
+        raise ValueError(f"{run_dir} holds a run of other settings ({lost}): choose another --run_dir")
+    changed = difference(before, settings, _FREE)
+    lines = [json.dumps(line) for line in (*starts, {"step": step, "changed": changed, "settings": settings})]
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    write_atomically(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+    return changed
+
+
 def _write_state(state: TrainState, folder: Path, description: CheckpointConfig, world: World) -> None:
     """Write everything into an empty folder; an error of one rank is raised on all."""
     for name, ema in state.emas.items():
@@ -106,7 +143,10 @@ def _write_state(state: TrainState, folder: Path, description: CheckpointConfig,
     if is_sharded(state.model):
         import torch.distributed.checkpoint as dcp
 
-        dcp.save(_shards(state), checkpoint_id=folder / STATE_FOLDER)
+        try:
+            dcp.save(_shards(state), checkpoint_id=folder / STATE_FOLDER)
+        except dcp.api.CheckpointException as error:  # of all ranks; it is no Exception
+            raise next(iter(error.failures.values()))[0] from error
     else:
         distributed.on_main(world, lambda: _save_whole(state, folder / STATE_FILE))
 

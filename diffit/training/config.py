@@ -75,6 +75,7 @@ class TrainConfig(ProcessSettings):
         parallel: what several processes share out: ddp the batch alone, fsdp (FSDP2) also weights, gradients, optimizer
             and averages, for networks that outgrow a GPU.
         activation_checkpointing: compute every block again in the backward pass, to save memory.
+        rank_timeout: minutes that ranks wait for one that hangs in a step, before the run ends with an error.
         max_skipped: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
         log_every: steps between log lines.
         save_every: steps between checkpoints.
@@ -104,6 +105,7 @@ class TrainConfig(ProcessSettings):
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
+    rank_timeout: float = 10.0
     max_skipped: int = 25
     log_every: int = 100
     save_every: int = 5000

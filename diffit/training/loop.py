@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import yaml
 
 from diffit import distributed
 from diffit.codec import create_codec
@@ -16,10 +16,10 @@ from diffit.data.sampler import BatchSampler
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion import create_process
 from diffit.distributed import World
-from diffit.files import as_tree, write_atomically
+from diffit.files import exclusive
 from diffit.models.config import NetworkConfig, model_config
 from diffit.sources import CheckpointConfig, find_checkpoint
-from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, save_run
+from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.ema import EMA, ema_decays
 from diffit.training.evaluate import create_draw, create_scorer, read_picture, save_preview
@@ -41,12 +41,13 @@ def train(task: TrainTask) -> Path:
     checkpoints = run_dir / "checkpoints"
     device = resolve_device(config.device)
     set_matmul_precision(config.precision)
-    world = distributed.start(device)
-    logger = None
+    world = distributed.start(device, minutes=config.rank_timeout)
+    logger, held = None, ExitStack()
     try:
-        # Data, network, the newest checkpoint if there is one, and the batches from there on
+        # The folder, the data, the network, the newest checkpoint if there is one, and the batches from there on
         check_shares(config, world)
-        data = open_data(config, run_dir / "cache", world, device)
+        distributed.on_main(world, lambda: held.enter_context(exclusive(run_dir)))
+        data = open_data(config, run_dir, world, device)
         description = config.checkpoint_config(data.class_names, "")
         check_data(data, description)
         state = create_state(config, description.network, device, world)
@@ -58,11 +59,10 @@ def train(task: TrainTask) -> Path:
         shows = config.preview_every or config.evaluation.every
         draw = create_draw(description, device, config.precision) if shows else None
         score = create_scorer(draw, config, device) if draw and config.evaluation.every else None
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(as_tree(config), sort_keys=False)
-            write_atomically(run_dir / "config.yaml", text.encode())
+        changed = distributed.on_main(world, lambda: record_start(run_dir, config, state.step))
         logger = MetricLogger(config, description.network, state.step, device, world)
+        if changed:
+            logger.info(f"goes on from step {state.step} with other settings ({changed})")
 
         with StopSignals() as signals:
             while state.step < config.steps:
@@ -99,15 +99,16 @@ def train(task: TrainTask) -> Path:
     finally:
         if logger is not None:
             logger.close()
+        held.close()
         distributed.stop()
 
 
-def open_data(config: TrainConfig, cache: Path, world: World, device: torch.device) -> TrainingSet:
-    """The data set as the network is to see it; a latent model's is encoded first, into the folder `cache`."""
+def open_data(config: TrainConfig, run_dir: Path, world: World, device: torch.device) -> TrainingSet:
+    """The data set as the network is to see it."""
     network, codec = model_config(config.model, **config.network), create_codec(config.codec, device)
     size = network.input_size * config.codec.factor
     channels = network.in_channels
-    return open_training_set(config.data, codec, size, channels, seed=config.seed, cache=cache, world=world)
+    return open_training_set(config.data, codec, size, channels, seed=config.seed, run_dir=run_dir, world=world)
 
 
 def create_batches(

@@ -70,6 +70,21 @@ def test_nested_and_hidden_files(tmp_path):
     assert files.ignored == {".txt": 1}
 
 
+def test_links_are_followed_once(tmp_path, capsys):
+    """A link to a parent would otherwise be read forty times over."""
+    root = write_pictures(tmp_path / "images", {"cat": 2, "dog": 1})
+    write_pictures(tmp_path / "elsewhere", {"": 3}, seed=1)
+    (root / "owl").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "loop").symlink_to(root)
+    (root / "again").symlink_to(root / "dog")
+    files = image_files(root)
+    assert files.class_names == ("cat", "dog", "owl")
+    assert files.labels.tolist() == [0, 0, 1, 2, 2, 2]
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(":")[0] for line in said) == [f"left out {root}/again", f"left out {root}/cat/loop"]
+    assert all("which is read already" in line for line in said)
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize(
     ("classes", "message"),

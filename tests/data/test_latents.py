@@ -252,7 +252,7 @@ def test_nothing_but_unreadable_images(codec, tmp_path):
 def test_training_makes_finds_and_needs_only_the_cache(cache, codec, pictures, tmp_path):
     def prepare(**settings):
         config = DataConfig(**{"workers": 0} | settings)
-        return open_training_set(config, codec, 16, 4, seed=0, cache=tmp_path / "run" / "cache", world=World())
+        return open_training_set(config, codec, 16, 4, seed=0, run_dir=tmp_path / "run", world=World())
 
     made = prepare(path=str(pictures))
     assert (tmp_path / "run" / "cache" / MANIFEST).exists()

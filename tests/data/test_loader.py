@@ -14,11 +14,12 @@ from diffit.data.datasets import (
     open_images,
     unreadable_images,
 )
+from diffit.data.files import ImageFiles
 from diffit.data.loader import NoisyBatches, training_batches
 from diffit.data.sampler import BatchSampler, Key, image_flips, image_order
 from diffit.diffusion import GaussianDiffusion, create_diffusion
 from diffit.diffusion.noise import RandomStream, keyed_generator
-from tests.data.pictures import cut_off, write_pictures
+from tests.data.pictures import cut_off, write_pictures, zipped
 
 CPU = torch.device("cpu")
 PROCESS: GaussianDiffusion = create_diffusion()
@@ -153,7 +154,7 @@ def test_unreadable_images_are_found_and_left_out(tmp_path):
     for name in ("cat/001.png", "dog/000.png"):
         cut_off(root / name)
     images = open_images("folder", str(root), 16, 3)
-    unreadable = unreadable_images(images, workers=1)
+    unreadable = unreadable_images(images, 1, tmp_path)
     assert [image.index for image in unreadable] == [1, 3]
     kept = images.keep(np.array([0, 2, 4, 5]))
     assert (len(kept), kept.labels.tolist()) == (4, [0, 0, 1, 1])
@@ -161,3 +162,24 @@ def test_unreadable_images_are_found_and_left_out(tmp_path):
     x_start, label = PixelDataset(kept)[Key(3, False, 0)]
     assert torch.equal(x_start, PixelCodec().encode(torch.from_numpy(images[5][0])[None])[0])
     assert label == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_images_are_looked_at_once(tmp_path, monkeypatch, kind):
+    root = write_pictures(tmp_path / "images", {"cat": 3, "dog": 3})
+    mended = cut_off(root / "cat" / "001.png")
+    looked = []
+    decode = ImageFiles.picture
+    monkeypatch.setattr(ImageFiles, "picture", lambda files, i: looked.append(files.names[i]) or decode(files, i))
+
+    def check():
+        path = root if kind == "folder" else zipped(root, tmp_path / "a.zip")
+        looked.clear()
+        found = unreadable_images(open_images("folder", str(path), 16, 3), 0, tmp_path / "run")
+        return [image.index for image in found], list(looked)
+
+    assert check() == ([1], ["cat/000.png", "cat/001.png", "cat/002.png", *(f"dog/00{i}.png" for i in range(3))])
+    assert check() == ([1], ["cat/001.png"])
+    mended.write_bytes((root / "cat" / "000.png").read_bytes())
+    assert check() == ([], ["cat/001.png"])
+    assert check() == ([], [])

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from diffit.training import loop
-from diffit.training.checkpointing import complete_checkpoints, integrity_error
+from diffit.training.checkpointing import complete_checkpoints, integrity_error, write_failure
 from diffit.training.stopping import EXIT_CODE, StopSignals
+from tests.data.pictures import cut_off, write_pictures
 from tests.training.runs import TINY, TRAIN, begun, changed, everything, log_of, poisoned, remembered, replaced, run
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -148,6 +149,51 @@ def test_a_full_disk_leaves_older_checkpoints_alone(flags, tmp_path, small_disk,
     assert names(tmp_path) == ["00000002"]
     assert integrity_error(tmp_path / "checkpoints" / "00000002") is None
     assert log_of(tmp_path)[-1]["step"] == 6
+
+
+def test_a_full_disk_is_called_so():
+    """torch.save hides the system's error behind one of its own; the device is always full."""
+    file = open("/dev/full", "wb")  # noqa: SIM115 (closing it fails too)
+    with pytest.raises(RuntimeError, match="unexpected pos") as caught:
+        torch.save({"weights": torch.zeros(100_000)}, file)
+    with pytest.raises(OSError, match="No space"):
+        file.close()
+    assert write_failure(caught.value) == "the disk is full"
+
+
+def test_a_second_run_in_the_folder_is_refused(flags, tmp_path):
+    command = [*TRAIN, *flags, "--run_dir", str(tmp_path)]
+    first = subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.02)
+    second = subprocess.run(command, capture_output=True, text=True)
+    first.kill()
+    first.wait()
+    assert second.returncode == 2
+    assert f"error: {tmp_path} is in use by process {first.pid} on " in second.stderr
+
+
+def test_other_settings_are_named_and_kept(flags, tmp_path, capsys):
+    run(flags, tmp_path, "--steps", "2")
+    capsys.readouterr()
+    run(flags, tmp_path, "--steps", "4", "--batch_size", "16", "--log_every", "2")
+    assert "goes on from step 2 with other settings (batch_size: 8, now 16; steps: 2, now 4)" in capsys.readouterr().out
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [(start["step"], start["settings"]["batch_size"]) for start in starts] == [(0, 8), (2, 16)]
+    with pytest.raises(ValueError, match=r"holds a run of other settings \(edm.sigma_data: 0.5, now 0.4\): choose"):
+        run(flags, tmp_path, "--steps", "6", "--edm.sigma_data", "0.4")
+
+
+def test_damaged_images_are_found_before_the_first_step(flags, tmp_path):
+    """And are not decoded again when the run goes on."""
+    images = write_pictures(tmp_path / "images", {str(label): 2 for label in range(10)})
+    mended = cut_off(images / "7" / "001.png")
+    more = ["--data.name", "folder", "--data.path", str(images), "--steps", "1"]
+    with pytest.raises(ValueError, match=r"cannot read 1 image: .*7/001.png"):
+        run(flags, tmp_path / "run", *more)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    mended.write_bytes((images / "7" / "000.png").read_bytes())
+    run(flags, tmp_path / "run", *more)
 
 
 def test_the_last_and_every_nth_checkpoint_stay(flags, tmp_path):

@@ -1,0 +1,49 @@
+"""Locks: one command per folder, as two processes see it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from diffit.files import exclusive
+from tests.conftest import ROOT
+
+HOLD = """
+import pathlib, sys, time
+from diffit.files import exclusive
+with exclusive(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_is_refused_with_its_holders_name(tmp_path, holder):
+    with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on {socket.gethostname()}: wait"):
+        exclusive(tmp_path).__enter__()
+
+
+def test_a_dead_holders_folder_is_taken_over_and_left_clean(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with exclusive(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to .*/file/run \(Not a directory\): choose another folder"):
+        exclusive(tmp_path / "file" / "run").__enter__()
