@@ -13,11 +13,17 @@ def main() -> int:
     if task.config.dry_run:
         import yaml
 
+        from diffit.device import resolve_device
         from diffit.distributed import detect_world
         from diffit.training.estimate import report
 
         print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
-        print("\n".join(f"# {line}" for line in report(task.config, detect_world().size).splitlines()))
+        print(
+            "\n".join(
+                f"# {line}"
+                for line in report(task.config, detect_world().size, resolve_device(task.config.device)).splitlines()
+            )
+        )
         return 0
     from diffit.training.loop import train
     from diffit.training.stopping import EXIT_CODE, Stopped

@@ -133,7 +133,7 @@ def _load_vae(reference: str):  # type: ignore[no-untyped-def]
         )
     try:
         # The small memory saving of low_cpu_mem_usage needs one more package.
-        with quiet_hub():
+        with quiet_hub(None if path.is_dir() else reference):
             return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         hint = (

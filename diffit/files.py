@@ -8,6 +8,7 @@ import io
 import json
 import os
 import socket
+import sys
 import warnings
 import zipfile
 from collections.abc import Collection, Iterator
@@ -137,11 +138,13 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Silence huggingface_hub's logs and warnings; progress bars of downloads stay.
+def quiet_hub(wanted: str | None) -> Iterator[None]:
+    """Say what is wanted of the Hub, if anything: it may take half a minute to fail. Silence its own logs and warnings.
 
-    What goes wrong is raised, and said once by the caller.
+    Progress bars of downloads stay. What goes wrong is raised, and said once by the caller.
     """
+    if wanted is not None:
+        print(f"looking for {wanted} on the Hugging Face Hub", file=sys.stderr)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -190,7 +190,7 @@ def read_metadata(path: Path | None) -> CheckpointConfig | None:
 
 def _download(repository: str, name: str) -> Path:
     try:
-        with quiet_hub():
+        with quiet_hub(f"{repository}/{name}"):
             return Path(hf_hub_download(repository, name))
     except LocalEntryNotFoundError as error:
         raise ValueError(

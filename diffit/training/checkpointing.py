@@ -40,7 +40,7 @@ _PIECE = 1 << 24
 _FIXED = ("process", "diffusion", "edm", "flow", "codec")
 _FREE = {
     *("run_dir", "dry_run", "log_every", "save_every", "keep", "keep_every", "preview_every", "evaluation"),
-    *("sampling", "guidance", "max_skipped", "rank_timeout", "data.workers", "data.path", "data.cache"),
+    *("sampling", "guidance", "max_skipped", "rank_timeout", "tracker", "data.workers", "data.path", "data.cache"),
 }
 
 

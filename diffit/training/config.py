@@ -81,6 +81,7 @@ class TrainConfig(ProcessSettings):
         save_every: steps between checkpoints.
         keep: how many of the newest checkpoints stay.
         keep_every: checkpoints of steps that are a multiple of it stay for good; 0 is none.
+        tracker: where curves and pictures go beside log.jsonl; tensorboard only where it is installed.
         preview_every: steps between pictures of samples, always from the same noise; 0 is none.
         sampling: what the checkpoint recommends to sample.py.
         guidance: what the checkpoint recommends to sample.py.
@@ -111,6 +112,7 @@ class TrainConfig(ProcessSettings):
     save_every: int = 5000
     keep: int = 2
     keep_every: int = 0
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     preview_every: int = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -62,8 +62,8 @@ def _inputs(network: NetworkConfig) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.empty(1), torch.zeros(1, dtype=torch.int64)
 
 
-def report(config: TrainConfig, processes: int = 1) -> str:
-    """Lines for --dry_run: what would be trained, for how long, in how much memory."""
+def report(config: TrainConfig, processes: int = 1, device: torch.device | None = None) -> str:
+    """Lines for --dry_run: what would be trained, in how much memory and, on a device, for how long."""
     classes = model_config(config.model, **config.network).num_classes  # the data, which may have others, stay unread
     network = config.checkpoint_config(("",) * classes, "").network
     found = estimate(network)
@@ -84,7 +84,22 @@ def report(config: TrainConfig, processes: int = 1) -> str:
         f"memory per process, estimated: {fixed / 2**30:.2f} GiB of weights, gradients, moments and averages, and at "
         f"most {activations / 2**30:.2f} GiB of activations",
     ]
+    if device is not None:
+        peak = measured_peak(device, config.precision)
+        seconds = found.flops * config.batch_size * config.steps / processes / peak
+        lines.append(
+            f"time on this machine: at least {in_words(seconds)}, at the {peak / 1e12:.3g} TFLOP/s that large matrix "
+            "products reach here; small networks reach less"
+        )
     return "\n".join(lines)
+
+
+def in_words(seconds: float) -> str:
+    """A duration: '40 s', '12 min', '3.5 h', '6 days'."""
+    for size, unit in ((86_400 * 2, "days"), (7_200, "h"), (120, "min")):
+        if seconds >= size:
+            return f"{seconds / {'days': 86_400, 'h': 3_600, 'min': 60}[unit]:.3g} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def measured_peak(device: torch.device, precision: Precision) -> float:

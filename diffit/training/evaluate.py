@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from diffit.codec import create_codec
@@ -58,11 +57,6 @@ def save_preview(draw: Draw, model: nn.Module, config: CheckpointConfig, path: P
     path.parent.mkdir(parents=True, exist_ok=True)
     titles = [names[label] for label in labels] if names else [str(number) for number in range(_IMAGES)]
     save_grid(path, images.cpu().numpy(), titles)
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """A picture file as uint8 [H, W, C]."""
-    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:

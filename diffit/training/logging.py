@@ -1,4 +1,4 @@
-"""What one sees of a run: one bar, log.jsonl, and TensorBoard where it is installed."""
+"""What one sees of a run: one bar, log.jsonl, and a tracker of curves and pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from tqdm import tqdm
 from diffit.distributed import World
 from diffit.models.config import NetworkConfig
 from diffit.training.config import TrainConfig
-from diffit.training.estimate import estimate, measured_peak, peak_memory
+from diffit.training.estimate import estimate, in_words, measured_peak, peak_memory
+from diffit.training.tracker import create_tracker
+
+_TIMED = 2, 12  # the steps of a start between which the time to go is measured; the first ones also compile
 
 
 class MetricLogger:
@@ -34,16 +37,29 @@ class MetricLogger:
         self.flops = estimate(network).flops
         self.peak = measured_peak(device, config.precision) if device.type == "cuda" else None
         self.sums, self.count = torch.zeros(4, device=device), 0
-        self.restart_clock(first)
-        self.path, self.board = Path(config.run_dir) / "log.jsonl", None
+        self.path, self.tracker = Path(config.run_dir) / "log.jsonl", None
         if world.is_main:
             forget_later_lines(self.path, first)
-            self.board = _tensorboard(self.path.parent / "tensorboard", first)
+            self.tracker = create_tracker(config, first)
+        self.begun = 0.0
+        self.restart_clock(first)
 
     def info(self, sentence: str) -> None:
         """A sentence above the bar."""
         if self.world.is_main:
             self.bar.write(sentence)
+
+    def count_step(self) -> None:
+        """One step more on the bar; once the first ones are timed, how long the run will take."""
+        self.bar.update()
+        begin, end = (self.bar.initial + n for n in _TIMED)
+        if self.bar.n == begin:
+            self.begun = time.monotonic()
+        elif self.bar.n == end:
+            seconds = (time.monotonic() - self.begun) / (end - begin)
+            left = self.config.steps - end
+            speed = self.config.batch_size / seconds
+            self.info(f"{left:,} steps to go at {speed:,.0f} images/s: about {in_words(left * seconds)}")
 
     def restart_clock(self, step: int) -> None:
         """Leave the time up to here, spent on a checkpoint or a preview, out of the speed."""
@@ -73,26 +89,24 @@ class MetricLogger:
         self.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         self._write(step, scores)
 
-    def image(self, name: str, picture: Any, step: int) -> None:
-        """A picture [H, W, C] for TensorBoard."""
-        if self.board is not None:
-            self.board.add_image(name, picture, step, dataformats="HWC")
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A picture file for the tracker."""
+        if self.tracker is not None:
+            self.tracker.image(step, name, path)
 
     def close(self) -> None:
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if not self.world.is_main:
             return
-        values = {"step": step, "images": step * self.config.batch_size} | values
+        values = {"images": step * self.config.batch_size} | values
         with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(name, value, step)
+            file.write(json.dumps({"step": step} | values) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(step, {name: value for name, value in values.items() if value is not None})
 
 
 def forget_later_lines(path: Path, last_step: int) -> None:
@@ -107,12 +121,3 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return float("inf")
-
-
-def _tensorboard(folder: Path, first: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=first + 1)

@@ -22,7 +22,7 @@ from diffit.sources import CheckpointConfig, find_checkpoint
 from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.ema import EMA, ema_decays
-from diffit.training.evaluate import create_draw, create_scorer, read_picture, save_preview
+from diffit.training.evaluate import create_draw, create_scorer, save_preview
 from diffit.training.init import initial_model
 from diffit.training.logging import MetricLogger
 from diffit.training.parallel import apply_activation_checkpointing, is_sharded, parallelize, shard
@@ -69,7 +69,7 @@ def train(task: TrainTask) -> Path:
                 result = train_step(state, next(batches), config, world, signals.stop_requested)
                 if result.finite:
                     logger.add(result.values)
-                logger.bar.update()
+                logger.count_step()
 
                 step, last = state.step, result.stop or state.step == config.steps
                 saves = last or step % config.save_every == 0
@@ -87,7 +87,7 @@ def train(task: TrainTask) -> Path:
                     if path is not None or is_sharded(ema):  # all ranks take part in sampling from a sharded network
                         save_preview(draw, ema, description, path)
                     if path is not None:
-                        logger.image("samples", read_picture(path), step)
+                        logger.image(step, "samples", path)
                     distributed.barrier(world)
                 if scores and score is not None:
                     logger.scores(step, score(ema))

@@ -11,7 +11,7 @@ import yaml
 from diffit.cli.train import parse_train
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.training.estimate import estimate, report
-from diffit.training.evaluate import read_picture
+from diffit.training.tracker import read_picture
 from tests.conftest import ROOT
 from tests.training.runs import TIMING, TRAIN, log_of, run
 
