@@ -171,7 +171,7 @@ def test_unreachable_hub(tmp_path):
     assert "diffit_256.safetensors" in result.stdout, result.stderr
     assert "--model_path" in result.stdout
     assert len(result.stdout.strip().splitlines()) == 1
-    assert result.stderr == ""
+    assert result.stderr == "looking for nvidia/DiffiT/diffit_256.safetensors on the Hugging Face Hub\n"
 
 
 def test_a_failed_write_leaves_the_old_file(small, monkeypatch):
