@@ -46,7 +46,7 @@ class CheckpointConfig(ProcessSettings):
         tree = json.loads(text)
         guidance = tree["guidance"]
         guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
-        # Files of before a process was known lack its node; theirs are the defaults.
+        # Files written before a process existed lack its node and get its defaults.
         nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
         known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
         return cls(

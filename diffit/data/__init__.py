@@ -1,1 +1,1 @@
-"""Floor 3: data sets and cached latents."""
+"""Data sets, cached latents, and the batches that training makes of them."""

@@ -16,7 +16,7 @@ class ImagesConfig:
         name: folder (or ZIP; one subfolder per class, or none), or a known data set.
         path: the folder or ZIP; of a known data set the folder of its files, by default an installed copy, or else it
             is downloaded to data/.
-        workers: processes that read images, for each process that computes; never more than there are cores.
+        workers: worker processes that read images, for each rank; never more than there are cores.
         skip_unreadable: name and leave out images that cannot be read, rather than stop.
     """
 
@@ -52,7 +52,7 @@ class EncodeConfig:
         vae: an AutoencoderKL of diffusers: a bundled name, a folder, or a Hub id.
         image_size: side of the square that is cut from every image, in pixels.
         flip: store the mirror images too.
-        shard_size: images of a file; what a process that is killed loses at most.
+        shard_size: images of a file; what a rank that is killed loses at most.
         verify: read every shard of the finished cache again and compare its checksum.
         device: where the VAE runs; auto takes a GPU if there is one.
     """

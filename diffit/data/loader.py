@@ -49,7 +49,7 @@ TrainingSet = PixelDataset | LatentDataset
 class Batch(NamedTuple):
     """What one rank sees in a step.
 
-    x_start and noise [b, c, h, w]; t [b], see `Process.draw_t`; conditions: what the network is told by keyword, each
+    x_start and noise [b, c, h, w]; t [b], see `Process.draw_t`; conditions: the network's further arguments by keyword, each
     [b] or [b, features]: y, drop_label (bool) and, of augmented images, augment_labels.
     """
 

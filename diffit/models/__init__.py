@@ -1,1 +1,1 @@
-"""Floor 1: the networks, and the zoo that names them."""
+"""The networks, and their sizes by name."""

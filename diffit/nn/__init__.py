@@ -1,1 +1,1 @@
-"""Floor 0: tensor modules that know nothing of images, classes or diffusion."""
+"""Tensor modules that know nothing of images, classes or diffusion."""

@@ -20,7 +20,7 @@ class SampleConfig(ProcessSettings):
         image_size: side of the images in pixels, 256 or 512 for the released weights; by default the checkpoint's.
         log_dir: folder for the samples; logs/MODEL by default.
         num_samples: how many samples to make.
-        batch_size: samples at a time per process; it does not change the samples.
+        batch_size: samples at a time per rank; it does not change the samples.
         seed: sample i depends on (seed, i) and the settings alone.
         class_labels: numbers or names of classes, repeated in turn; drawn at random per sample by default.
         class_cond: False samples without classes.

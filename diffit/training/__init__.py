@@ -1,1 +1,1 @@
-"""Floor 5, the parts of the training loop: parallelism, checkpoints, stopping, watching, previews, estimates."""
+"""Training: the loop, its step, and what they need: parallelism, checkpoints, EMA, logs, previews, estimates."""

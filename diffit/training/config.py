@@ -35,12 +35,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """FID and Inception Score of the average to sample from, logged beside the loss.
+    """FID and Inception Score of the first EMA, logged beside the loss.
 
     Args:
         every: steps between scores; 0 is none.
         samples: how many are drawn, with the recommended settings. FID falls with their number: compare equal ones.
-        batch_size: samples at a time per process.
+        batch_size: samples at a time per rank.
         reference: an .npz that evaluations/make_reference.py or ADM made.
         features: module:path of a classifier, in place of the Inception network.
     """
@@ -62,18 +62,18 @@ class TrainConfig(ProcessSettings):
         run_dir: folder of checkpoints and logs; the same command again resumes from its newest checkpoint.
         init_from: start a new run from the weights of another checkpoint; its classes and resolution may differ.
         steps: optimizer steps of the whole run.
-        batch_size: images of a step, over all processes and all parts of an accumulated step.
-        accumulate: parts in which each process computes its share of a step, one after the other, to save memory.
+        batch_size: images of a step, over all ranks and all parts of an accumulated step.
+        accumulate: parts in which each rank computes its share of a step, one after the other, to save memory.
         seed: of initialisation, order of images, timesteps, noise and dropped labels.
-        ema_decay: of the averaged weights, which are sampled from; a list keeps several averages, and the first of them
-            is the one to sample from.
+        ema_decay: of the EMA of the weights, which is sampled from; a list keeps several, and the first of them is the
+            one to sample from.
         ema_half_life: the same in images, in place of ema_decay: after so many, an old weight counts half. As in EDM it
             is at most 5% of the images seen so far.
         device: where to run; auto takes a GPU if there is one.
         precision: of the network in the forward and backward pass; weights stay in fp32. The loss of fp16 is scaled.
         compile: compile the network with torch.compile.
-        parallel: what several processes share out: ddp the batch alone, fsdp (FSDP2) also weights, gradients, optimizer
-            and averages, for networks that outgrow a GPU.
+        parallel: what several ranks share out: ddp the batch alone, fsdp (FSDP2) also weights, gradients, optimizer
+            and EMAs, for networks that outgrow a GPU.
         activation_checkpointing: compute every block again in the backward pass, to save memory.
         rank_timeout: minutes that ranks wait for one that hangs in a step, before the run ends with an error.
         max_skipped: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.

@@ -14,7 +14,7 @@ RAMP_UP = 0.05
 def ramped_decay(decay: float, step: int) -> float:
     """The decay at optimizer step `step`, counted from 1: (1 + step) / (10 + step), up to `decay`.
 
-    The average thus forgets the initialisation.
+    The EMA thus forgets the initialisation.
     """
     return min(decay, (1 + step) / (10 + step))
 
@@ -22,7 +22,7 @@ def ramped_decay(decay: float, step: int) -> float:
 def half_life_decay(half_life: float, batch_size: int, step: int) -> float:
     """The decay at optimizer step `step`, counted from 1, for a half-life in images, as in EDM.
 
-    It is at most 5% of the images seen before the step: the average forgets the initialisation at once.
+    It is at most 5% of the images seen before the step: the EMA forgets the initialisation at once.
     """
     ramped = min(half_life, (step - 1) * batch_size * RAMP_UP)
     return 0.5 ** (batch_size / ramped) if ramped else 0.0
@@ -43,7 +43,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class EMA:
-    """A copy of a network that follows it: average = decay * average + (1 - decay) * weights.
+    """A copy of a network that follows it: ema = decay * ema + (1 - decay) * weights.
 
     Args:
         model: the network; its copy, in eval mode and without gradients, is `.model`. If one is sharded over ranks,

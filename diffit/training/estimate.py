@@ -62,15 +62,15 @@ def _inputs(network: NetworkConfig) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.empty(1), torch.zeros(1, dtype=torch.int64)
 
 
-def report(config: TrainConfig, processes: int = 1, device: torch.device | None = None) -> str:
+def report(config: TrainConfig, ranks: int = 1, device: torch.device | None = None) -> str:
     """Lines for --dry_run: what would be trained, in how much memory and, on a device, for how long."""
     classes = model_config(config.model, **config.network).num_classes  # the data, which may have others, stay unread
     network = config.checkpoint_config(("",) * classes, "").network
     found = estimate(network)
-    share = processes if config.parallel == "fsdp" else 1
-    # Weights, gradients, two moments of AdamW, and the averages, all float32.
+    share = ranks if config.parallel == "fsdp" else 1
+    # Weights, gradients, two moments of AdamW, and the EMAs, all float32.
     fixed = 4 * found.parameters * (4 + len(config.ema_rates)) / share
-    at_once = config.batch_size / processes / config.accumulate
+    at_once = config.batch_size / ranks / config.accumulate
     activations = found.activations * at_once / (2 if config.precision in ("bf16", "fp16") else 1)
     if config.activation_checkpointing:
         depth = network.depth if isinstance(network, DiffiTConfig) else 2 * sum(network.blocks)
@@ -78,15 +78,15 @@ def report(config: TrainConfig, processes: int = 1, device: torch.device | None 
     lines = [
         f"parameters: {found.parameters:,}",
         f"steps: {config.steps:,} of {config.batch_size} images ({config.steps * config.batch_size:,} images), on "
-        f"{processes} {'process' if processes == 1 else 'processes'} with {at_once:g} images at once",
+        f"{ranks} {'process' if ranks == 1 else 'processes'} with {at_once:g} images at once",
         f"operations: {found.flops / 1e9:,.1f} GFLOP per image, "
         f"{found.flops * config.batch_size * config.steps / 1e18:,.3g} EFLOP in all (forward and backward pass)",
-        f"memory per process, estimated: {fixed / 2**30:.2f} GiB of weights, gradients, moments and averages, and at "
+        f"memory per process, estimated: {fixed / 2**30:.2f} GiB of weights, gradients, moments and EMAs, and at "
         f"most {activations / 2**30:.2f} GiB of activations",
     ]
     if device is not None:
         peak = measured_peak(device, config.precision)
-        seconds = found.flops * config.batch_size * config.steps / processes / peak
+        seconds = found.flops * config.batch_size * config.steps / ranks / peak
         lines.append(
             f"time on this machine: at least {in_words(seconds)}, at the {peak / 1e12:.3g} TFLOP/s that large matrix "
             "products reach here; small networks reach less"
@@ -122,7 +122,7 @@ def measured_peak(device: torch.device, precision: Precision) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held on its GPU, or, without one, in main memory."""
+    """The most bytes this rank has held on its GPU, or, without one, in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource  # Windows has none

@@ -22,7 +22,7 @@ _POSITION = "pos_embed"
 
 
 def initial_model(config: TrainConfig, network: NetworkConfig, say: Callable[[str], None]) -> nn.Module:
-    """A fresh network, or the one that --init_from names; `say` is told in what it had to be changed."""
+    """A fresh network, or the one that --init_from names; `say` gets a sentence for each change that it needed."""
     if config.init_from is None:
         return build_model(network)
     source, found = find_checkpoint(path=config.init_from)
