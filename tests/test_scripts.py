@@ -9,7 +9,6 @@ import pytest
 from diffit import load_model
 from tests.conftest import ROOT
 from tests.data.pictures import write_pictures
-from tests.training.runs import tiny_flags
 
 
 def run(script, *arguments, cwd):
@@ -44,25 +43,24 @@ def test_mistakes_found_later_are_one_sentence_too(tmp_path):
 
 LIGHT = """
 import sys, runpy
-start, sys.argv = getattr(runpy, sys.argv[1]), sys.argv[2:]
-try: start(sys.argv[0], run_name='__main__')
+sys.argv = sys.argv[1:]
+try: runpy.run_path(sys.argv[0], run_name='__main__')
 except SystemExit: pass
 sys.exit(bool({'torch', 'diffusers', 'timm', 'torchvision'} & set(sys.modules)))
 """
-SCRIPTS = [["run_path", str(ROOT / "sample.py")], ["run_path", str(ROOT / "train.py")]]
-ENCODE = ["run_module", "diffit.data.encode"]
+SCRIPTS = [str(ROOT / "sample.py"), str(ROOT / "train.py")]
 
 
-@pytest.mark.parametrize("command", [*SCRIPTS, ENCODE], ids=lambda command: command[1].rpartition("/")[2])
+@pytest.mark.parametrize("script", SCRIPTS, ids=["sample.py", "train.py"])
 @pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag", "1"], ["--guidance.interval", "5", "1"]])
-def test_help_and_mistakes_import_nothing_heavy(command, flags, tmp_path):
+def test_help_and_mistakes_import_nothing_heavy(script, flags, tmp_path):
     """An answer within a second rests on this: no tensor library is loaded."""
-    result = subprocess.run([sys.executable, "-c", LIGHT, *command, *flags], cwd=tmp_path, capture_output=True)
+    result = subprocess.run([sys.executable, "-c", LIGHT, script, *flags], cwd=tmp_path, capture_output=True)
     assert result.returncode == 0
 
 
 def test_a_dry_run_imports_nothing_heavy(tmp_path):
-    command = [sys.executable, "-c", LIGHT, *SCRIPTS[0], "--dry_run", "True"]
+    command = [sys.executable, "-c", LIGHT, SCRIPTS[0], "--dry_run", "True"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
 
 
@@ -77,7 +75,7 @@ def test_help_answers_within_a_second(tmp_path):
 
 
 def test_training_without_data_names_what_is_missing_at_once(tmp_path):
-    command = [sys.executable, "-c", LIGHT, *SCRIPTS[1]]
+    command = [sys.executable, "-c", LIGHT, SCRIPTS[1]]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0  # nothing heavy was loaded
     assert result.stderr.startswith("error: name the images: --data.path FOLDER_OR_ZIP")
@@ -90,31 +88,16 @@ def torchrun(*arguments, cwd):
     command += [f"--log-dir={cwd / 'logs'}", str(ROOT / arguments[0]), *arguments[1:]]
     code = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240).returncode
 
-    def said(stream):
-        return [(path.read_text()) for path in sorted((cwd / "logs").glob(f"*/attempt_0/*/{stream}.log"))]
-
-    return code, said("stdout"), said("stderr")
+    return code, [path.read_text() for path in sorted((cwd / "logs").glob("*/attempt_0/*/stderr.log"))]
 
 
 @pytest.mark.parametrize("flags", [["--precision", "fp8"], []], ids=["a setting", "no data"])
 def test_one_rank_says_what_all_know(flags, tmp_path):
     """Rank 0 alone, as its last line: torchrun's own report comes after it."""
-    code, _, (first, second) = torchrun("train.py", *flags, cwd=tmp_path)
+    code, (first, second) = torchrun("train.py", *flags, cwd=tmp_path)
     assert code != 0
     assert first.splitlines()[-1].startswith("error: ")
     assert "error: " not in second
-
-
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
-def test_one_rank_says_where_the_result_is(script, tmp_path):
-    if script == "sample.py":
-        flags = ["--num_samples", "2", "--batch_size", "1", "--num_sampling_steps", "2", "--device", "cpu"]
-    else:
-        flags = [*tiny_flags(tmp_path), "--steps", "1", "--run_dir", str(tmp_path / "run")]
-    code, (first, second), errors = torchrun(script, *flags, cwd=tmp_path)
-    assert code == 0, errors
-    assert ".npz" in first.splitlines()[-1] or "ema.safetensors" in first.splitlines()[-1]
-    assert second == ""
 
 
 def test_a_model_of_pixels_trains_with_its_data_alone(tmp_path):

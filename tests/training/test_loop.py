@@ -61,7 +61,9 @@ def test_two_processes_learn_what_one_does(flags, tmp_path):
     run(flags, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(ROOT / "train.py"), *flags, "--run_dir", str(tmp_path / "two")]
-    subprocess.run(command, check=True, capture_output=True)
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said.splitlines()[-1].startswith(str(tmp_path / "two" / "checkpoints" / "00000006" / "ema.safetensors"))
+    assert said.count("ema.safetensors  (python sample.py") == 1  # one rank says where the weights are
     one, two = (np.array(log_of(tmp_path / name, "loss", "grad_norm")) for name in ("one", "two"))
     np.testing.assert_allclose(two[:, 0], one[:, 0], rtol=1e-5)
     np.testing.assert_allclose(two[:, 1], one[:, 1], rtol=1e-3)
