@@ -6,11 +6,12 @@ import sys
 from diffit.cli.parser import fail
 from diffit.cli.sample import parse_sample
 from diffit.files import as_tree
+from diffit.ranks import detect_world
 
 
 def main() -> int:
     """Parse, sample, say where the samples are; 2 if the user can mend it, 130 if interrupted."""
-    task = parse_sample()
+    task, world = parse_sample(), detect_world()
     if task.config.dry_run:
         import yaml
 
@@ -24,9 +25,11 @@ def main() -> int:
     except ValueError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("\nstopped: the same command continues from here", file=sys.stderr)
+        if world.is_main:
+            print("\nstopped: the same command continues from here", file=sys.stderr)
         return 130
-    print(f"{path}  (pictures: {path.with_name('grid.png')})")
+    if world.is_main:
+        print(f"{path}  (pictures: {path.with_name('grid.png')})")
     return 0
 
 

@@ -6,7 +6,6 @@ What checkpoints say, and where they are found, is in `sources.py`.
 from __future__ import annotations
 
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from diffit.files import write_atomically
-from diffit.models.config import ZOO, DiffiTConfig, build_model
+from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_index
-from diffit.sources import HUB_REPOSITORY, METADATA_KEY, RELEASED, CheckpointConfig, find_checkpoint, read_metadata
+from diffit.sources import METADATA_KEY, CheckpointConfig, find_named
 
 _INDEX = "relative_position_index"
 
@@ -109,20 +108,7 @@ def load_model(path_or_name: str | Path, image_size: int | None = None) -> tuple
     Raises:
         ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
     """
-    name = str(path_or_name)
-    if name == HUB_REPOSITORY:
-        name = "Diffit"
-    if name.startswith(f"{HUB_REPOSITORY}/"):
-        size = next((size for size, (file, _) in RELEASED.items() if name.endswith(file)), None)
-        source, config = find_checkpoint("Diffit", image_size=size or image_size)
-    elif name in ZOO:
-        source, config = find_checkpoint(name, image_size=image_size)
-    else:
-        size_in_name = re.search(r"diffit_(256|512)", Path(name).name)
-        unnamed = read_metadata(Path(name)) is None
-        model = "Diffit" if unnamed and size_in_name else None
-        size = int(size_in_name[1]) if model and size_in_name else image_size
-        source, config = find_checkpoint(model, name, size)
+    source, config = find_named(path_or_name, image_size)
     return load_weights(source.fetch(), config), config
 
 

@@ -5,48 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from diffit.ranks import World, detect_world
 
 T = TypeVar("T")
 
 # For rank 0 alone to download, encode or look at images, and for ranks that sample at their own pace, all wait long.
 _PATIENCE = timedelta(days=7)
-
-
-@dataclass(frozen=True)
-class World:
-    """This rank among all: its number, their count, its number on this machine, and the group that waits long."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    patient: Any = None
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def _integers(*names: str) -> list[int] | None:
-    """The values of environment variables, or None unless all are set."""
-    values = [os.environ.get(name) for name in names]
-    return None if any(value is None for value in values) else [int(value) for value in values if value is not None]
-
-
-def detect_world() -> World:
-    """Read torchrun's variables, else those of a Slurm task (srun), else be alone.
-
-    An interactive Slurm shell also has variables of its job; SLURM_STEP_NUM_TASKS is set for tasks of srun alone.
-    """
-    launched = _integers("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if launched is None:
-        launched = _integers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    return World(*launched[:3]) if launched else World()
 
 
 def _slurm_address() -> str:

@@ -6,15 +6,17 @@ A checkpoint is named by a bundled name ("Diffit-Fashion"), a file, or the relea
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from diffit.config import PIXELS, CodecConfig
-from diffit.diffusion.config import GuidanceConfig, ProcessSettings, SamplingConfig
+from diffit.diffusion.config import SAMPLERS, GuidanceConfig, ProcessSettings, SamplingConfig
 from diffit.files import quiet_hub
 from diffit.models.config import ZOO, DiffiTConfig, NetworkConfig, model_config
 
@@ -67,30 +69,43 @@ RELEASED: dict[int, tuple[str, GuidanceConfig]] = {
 }
 
 
-def default_config(model: str, image_size: int | None) -> CheckpointConfig:
-    """The config of weights without metadata, from the model's name and the image size.
+def default_config(
+    model: str, image_size: int | None = None, process: str | None = None, **overrides: Any
+) -> CheckpointConfig:
+    """The config of weights without metadata, and what a new run begins with: all that follows from the model's name.
+
+    Args:
+        model: a name of the zoo.
+        image_size: side of the images, in pixels; by default that of the size.
+        process: gaussian for latents and edm for pixels, if it is not said.
+        overrides: fields of the network's config to replace.
 
     Raises:
-        ValueError: if the model is unknown.
+        ValueError: if the model, or a field, is unknown.
     """
-    network = model_config(model)
+    network = model_config(model, **overrides)
     latent = isinstance(network, DiffiTConfig)
     codec = CodecConfig() if latent else CodecConfig(PIXELS, factor=1)
     if image_size is not None:
         network = replace(network, input_size=image_size // codec.factor)
-    if not latent:
-        sampling = SamplingConfig("heun", num_sampling_steps=18 if network.input_size <= 32 else 40)
-        return CheckpointConfig(model, network, codec, process="edm", sampling=sampling)
+    process = process or ("gaussian" if latent else "edm")
+    steps = {"gaussian": 250, "edm": 18 if network.input_size <= 32 else 40, "flow": 50}[process]
+    sampling = SamplingConfig(next(iter(SAMPLERS[process])), steps)
     _, guidance = RELEASED.get(network.input_size * codec.factor, ("", GuidanceConfig()))
-    return CheckpointConfig(model, network, guidance=guidance if model == "Diffit" else GuidanceConfig())
+    guidance = guidance if model == "Diffit" and process == "gaussian" else GuidanceConfig()
+    return CheckpointConfig(model, network, codec, process=process, sampling=sampling, guidance=guidance)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from: a file that exists, or one of the released files, to be downloaded when loaded."""
+    """Where weights come from: a file that exists, or one of the released files, to be downloaded when loaded.
+
+    The flag is the one that takes another file, for errors to name.
+    """
 
     path: Path | None
     hub_file: str | None = None
+    flag: str = "--model_path"
 
     def fetch(self) -> Path:
         """The file, downloaded once if it is on the Hub.
@@ -98,14 +113,17 @@ class Source:
         Raises:
             ValueError: if the Hub cannot be reached and the file was not downloaded before.
         """
-        return self.path or _download(HUB_REPOSITORY, self.hub_file or "")
+        return self.path or _download(HUB_REPOSITORY, self.hub_file or "", self.flag)
 
     def __str__(self) -> str:
         return str(self.path or f"{HUB_REPOSITORY}/{self.hub_file}")
 
 
 def find_checkpoint(
-    model: str | None = None, path: str | Path | None = None, image_size: int | None = None
+    model: str | None = None,
+    path: str | Path | None = None,
+    image_size: int | None = None,
+    flag: str = Source.flag,
 ) -> tuple[Source, CheckpointConfig]:
     """Where the weights are and what they are, without loading them.
 
@@ -114,6 +132,7 @@ def find_checkpoint(
         path: a .safetensors or .pt file, or a Hub file "owner/repository/file"; without it the model's bundled or
             released weights are meant.
         image_size: side of the images, in pixels; by default the checkpoint's own.
+        flag: with which a user names the path.
 
     Raises:
         ValueError: in one sentence, if anything does not exist or does not fit together.
@@ -121,9 +140,9 @@ def find_checkpoint(
     if model is not None:
         model_config(model)  # refuses an unknown name
     if path is None:
-        source, config = _named(model or "Diffit-Fashion", image_size)
+        source, config = _named(model or "Diffit-Fashion", image_size, flag)
     else:
-        source = _given(str(path))
+        source = _given(str(path), flag)
         config = read_metadata(source.path) or _assumed(source, model, image_size)
     if model is not None and config.model != model:
         raise ValueError(f"{source} holds {config.model}, not {model}: drop --model, or give another file")
@@ -135,7 +154,7 @@ def find_checkpoint(
     return source, config
 
 
-def _named(model: str, image_size: int | None) -> tuple[Source, CheckpointConfig]:
+def _named(model: str, image_size: int | None, flag: str) -> tuple[Source, CheckpointConfig]:
     if model in BUNDLED:
         source = Source(BUNDLED[model])
         config = read_metadata(source.path)
@@ -143,28 +162,57 @@ def _named(model: str, image_size: int | None) -> tuple[Source, CheckpointConfig
             raise ValueError(f"{source} is missing or damaged: install diffit again")
         return source, config
     if model != "Diffit":
-        raise ValueError(f"no weights were released for {model}: give yours with --model_path")
+        raise ValueError(f"no weights were released for {model}: give yours with {flag}")
     if image_size not in (None, *RELEASED):
         raise ValueError(f"no weights were released for {image_size}x{image_size}: choose 256 or 512")
     size = image_size or 256
-    return Source(None, RELEASED[size][0]), default_config(model, size)
+    return Source(None, RELEASED[size][0], flag), default_config(model, size)
 
 
-def _given(path: str) -> Source:
+def _given(path: str, flag: str) -> Source:
     file = Path(path).expanduser()
     if file.is_file():
-        return Source(file)
+        return Source(file, flag=flag)
     if path.count("/") == 2 and not file.parent.is_dir() and file.suffix == ".safetensors" and not file.is_absolute():
         owner, repository, name = path.split("/")
-        return Source(_download(f"{owner}/{repository}", name))
+        return Source(_download(f"{owner}/{repository}", name, flag))
     hint = "it is a folder; name the file in it" if file.is_dir() else "check the path"
-    raise ValueError(f"there is no checkpoint file {path}: {hint}, or leave --model_path out for the released weights")
+    raise ValueError(f"there is no checkpoint file {path}: {hint}, or leave {flag} out")
 
 
 def _assumed(source: Source, model: str | None, image_size: int | None) -> CheckpointConfig:
     if model is None:
-        raise ValueError(f"{source} does not say which model it holds: name it with --model, one of {', '.join(ZOO)}")
+        named = f"name it with --model, one of {', '.join(ZOO)}"
+        hint = named if source.flag == Source.flag else f"{source.flag} takes files that do, as those of train.py"
+        raise ValueError(f"{source} does not say which model it holds: {hint}")
     return default_config(model, image_size)
+
+
+def find_named(
+    path_or_name: str | Path, image_size: int | None = None, flag: str = Source.flag
+) -> tuple[Source, CheckpointConfig]:
+    """What `load_model` would load, without loading it.
+
+    Args:
+        path_or_name: see `load_model`, as for image_size.
+        flag: with which a user names it.
+
+    Raises:
+        ValueError: in one sentence, if it cannot be found, or says nothing of itself.
+    """
+    name = str(path_or_name)
+    if name == HUB_REPOSITORY:
+        name = "Diffit"
+    if name.startswith(f"{HUB_REPOSITORY}/"):
+        size = next((size for size, (file, _) in RELEASED.items() if name.endswith(file)), None)
+        return find_checkpoint("Diffit", image_size=size or image_size, flag=flag)
+    if name in ZOO:
+        return find_checkpoint(name, image_size=image_size, flag=flag)
+    size_in_name = re.search(r"diffit_(256|512)", Path(name).name)
+    unnamed = read_metadata(Path(name)) is None
+    model = "Diffit" if unnamed and size_in_name else None
+    size = int(size_in_name[1]) if model and size_in_name else image_size
+    return find_checkpoint(model, name, size, flag)
 
 
 def read_metadata(path: Path | None) -> CheckpointConfig | None:
@@ -188,17 +236,17 @@ def read_metadata(path: Path | None) -> CheckpointConfig | None:
         raise ValueError(f"{path} was written by another version of diffit ({error}): update diffit") from error
 
 
-def _download(repository: str, name: str) -> Path:
+def _download(repository: str, name: str, flag: str) -> Path:
     try:
         with quiet_hub(f"{repository}/{name}"):
             return Path(hf_hub_download(repository, name))
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"cannot reach the Hub for {repository}/{name}: check the network, or download the file elsewhere and "
-            "name it with --model_path"
+            f"name it with {flag}"
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"the Hub did not give {repository}/{name} ({str(error).strip().splitlines()[0]}): check the name, or "
-            "download the file elsewhere and name it with --model_path"
+            f"download the file elsewhere and name it with {flag}"
         ) from error

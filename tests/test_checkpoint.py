@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffit import load_model
-from diffit.checkpoint import CheckpointConfig, find_checkpoint, load_weights, save_checkpoint
+from diffit.checkpoint import CheckpointConfig, load_weights, save_checkpoint
 from diffit.models.config import DiffiTConfig
 from diffit.nn.attention import relative_position_index
-from diffit.sources import default_config
+from diffit.sources import default_config, find_checkpoint
 from tests.conftest import ROOT
 from tests.small_models import NETWORK, random_network, save_small_checkpoint
 

@@ -6,25 +6,36 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from diffit.cli.parser import build_parser, config_first, fail, parse
+from diffit.cli.parser import answer_help, build_parser, config_first, instantiate, parse, refuse
+from diffit.cli.settings import Command
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.config import PIXELS
 from diffit.diffusion.config import SKIP_BELOW, ProcessSettings, check_process
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sources import CheckpointConfig, Source, find_checkpoint
 
+_NODES = [node.name for node in fields(ProcessSettings)]
+COMMAND = Command(
+    SampleConfig,
+    prog="sample.py",
+    description="Sample images from a DiffiT checkpoint: python sample.py --model Diffit-Fashion",
+    epilog=UPSTREAM_HELP,
+    everyday=(
+        *("model", "model_path", "num_samples", "class_labels", "guidance.scale", "sampling.num_sampling_steps"),
+        *("sampling.sampler", "seed", "batch_size", "log_dir", "overwrite", "device", "fast", "dry_run"),
+    ),
+    follows=dict.fromkeys(_NODES, "the checkpoint's"),
+)
+
 
 def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
     """Resolve sample.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    parser = build_parser(
-        SampleConfig,
-        prog="sample.py",
-        description="Sample images from a DiffiT checkpoint: python sample.py --model Diffit-Fashion",
-        epilog=UPSTREAM_HELP,
-    )
+    argv = sys.argv[1:] if argv is None else argv
+    answer_help(COMMAND, argv)
+    parser = build_parser(SampleConfig, COMMAND.prog)
     try:
-        arguments = upstream_arguments(config_first(sys.argv[1:] if argv is None else argv))
-        named = parse(parser, arguments)
+        arguments = upstream_arguments(config_first(argv))
+        named = parse(parser, SampleConfig, arguments)
         source, checkpoint = find_checkpoint(named.model, named.model_path, named.image_size)
         recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size, "process": checkpoint.process}
         for node in fields(ProcessSettings)[1:]:
@@ -33,12 +44,11 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
         if named.fast and checkpoint.process_config.num_timesteps is not None:
             recommended["guidance.skip_below"] = SKIP_BELOW
         parser.set_defaults(recommended)
-        tree = parser.instantiate(parse(parser, arguments))
-        config = SampleConfig(**{name: tree[name] for name in SampleConfig.__dataclass_fields__})
+        config, _ = instantiate(parser, SampleConfig, arguments)
         _check_sample(config)
         _check_against(config, source, checkpoint)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        refuse(str(error))
     return SampleTask(config, source, checkpoint)
 
 

@@ -3,33 +3,86 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_type_hints
 
-from diffit.cli.parser import build_parser, config_first, fail, parse
+from diffit.cli.parser import answer_help, build_parser, config_first, instantiate, parse, refuse
+from diffit.cli.settings import Command, fits, words_of
 from diffit.config import PIXELS
-from diffit.diffusion.config import (
-    check_process,
-)
+from diffit.diffusion.config import check_process
 from diffit.models.config import DiffiTConfig, model_config
-from diffit.training.config import TrainConfig, TrainTask
+from diffit.sources import default_config
+from diffit.training.config import TrainConfig, TrainTask, find_start
+
+COMMAND = Command(
+    TrainConfig,
+    prog="train.py",
+    description="Train a DiffiT: python train.py --config configs/fashion_mnist.yaml",
+    epilog="Alone, or on many GPUs: torchrun --nproc_per_node=8 train.py --config ...",
+    everyday=(
+        *("data.path", "data.name", "model", "run_dir", "steps", "batch_size", "optimizer.lr", "init_from"),
+        *("save_every", "preview_every", "precision", "compile", "device", "dry_run"),
+    ),
+    follows={
+        "process": "that of the model's kind",
+        "codec": "that of the model's kind",
+        "sampling.sampler": "that of the process",
+        "sampling.num_sampling_steps": "that of the process",
+    },
+)
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
     """Resolve train.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    parser = build_parser(
-        TrainConfig,
-        prog="train.py",
-        description="Train a DiffiT: python train.py --config configs/fashion_mnist.yaml",
-        epilog="Alone, or on many GPUs: torchrun --nproc_per_node=8 train.py --config ...",
-    )
+    argv = sys.argv[1:] if argv is None else argv
+    answer_help(COMMAND, argv)
+    parser = build_parser(TrainConfig, COMMAND.prog)
     try:
-        arguments = config_first(sys.argv[1:] if argv is None else argv)
-        tree = parser.instantiate(parse(parser, arguments))
-        config = TrainConfig(**{name: tree[name] for name in TrainConfig.__dataclass_fields__})
+        arguments = config_first(argv)
+        named = parse(parser, TrainConfig, arguments)
+        _check_network(named.model, named.network)
+        parser.set_defaults({"process": default_config(named.model, **named.network).process})
+        process = parse(parser, TrainConfig, arguments).process  # a flag or file may say another
+        known = default_config(named.model, process=process, **named.network)
+        sampling = {f"sampling.{key}": getattr(known.sampling, key) for key in ("sampler", "num_sampling_steps")}
+        parser.set_defaults({"codec.vae": known.codec.vae, "codec.factor": known.codec.factor, **sampling})
+        config, tree = instantiate(parser, TrainConfig, arguments)
         _check(config)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        refuse(str(error))
     return TrainTask(config, str((tree.config or ["command line"])[0]))
+
+
+def check_data(config: TrainConfig) -> None:
+    """Refuse a run that has nothing to learn from, before anything is loaded.
+
+    Raises:
+        ValueError: if no images are named, and no folder of latents is there in their place.
+        FileNotFoundError: if they are not where they are said to be.
+    """
+    data, run_dir = config.data, Path(config.run_dir)
+    if data.name != "folder":
+        return  # installed or downloaded, if they have no path
+    if data.path is not None:
+        root = Path(data.path).expanduser()
+        if not root.exists():
+            raise FileNotFoundError(f"there are no images at {root}: check --data.path")
+        return
+    cache = Path(data.cache).expanduser() if data.cache else run_dir / "cache"
+    if config.codec.vae == PIXELS or not cache.is_dir():
+        raise ValueError(
+            "name the images: --data.path FOLDER_OR_ZIP; or take a recipe that brings its own, such as --config "
+            "configs/debug.yaml (seconds on a CPU), configs/fashion_mnist.yaml or configs/cifar10.yaml"
+        )
+
+
+def _check_network(model: str, overrides: Mapping[str, Any]) -> None:
+    hints = get_type_hints(type(model_config(model, **overrides)))
+    for key, value in overrides.items():
+        if not fits(hints[key], value):
+            raise ValueError(f"--network.{key} must be {words_of(hints[key])}, not {value}")
 
 
 def _check(config: TrainConfig) -> None:
@@ -53,6 +106,31 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"--preview_every must be at least 0, not {config.preview_every}")
     _check_averages(config)
     _check_evaluation(config)
+    if config.init_from is not None:
+        _check_start(config)
+
+
+# Fields in which networks may differ whose weights one run takes from another: see `adapt_state`.
+_MAY_DIFFER = {"input_size", "window_size", "num_classes", "dropout", "class_dropout_prob"}
+
+
+def _check_start(config: TrainConfig) -> None:
+    """Refuse an --init_from that does not exist or holds another network."""
+    source, found = find_start(config)
+    wanted = config.checkpoint_config((), "").network
+    if type(found.network) is not type(wanted):
+        kinds = ["latents" if isinstance(each, DiffiTConfig) else "pixels" for each in (found.network, wanted)]
+        raise ValueError(
+            f"--init_from {source} holds {found.model}, a network of {kinds[0]}, and {config.model} is one of "
+            f"{kinds[1]}: start from weights of the same kind"
+        )
+    for key, value in asdict(wanted).items():
+        other = getattr(found.network, key)
+        if key not in _MAY_DIFFER and value != other:
+            raise ValueError(
+                f"--init_from {source} holds another network, of {key} {other} instead of {value}: only the number of "
+                "classes and the resolution may differ"
+            )
 
 
 def _check_evaluation(config: TrainConfig) -> None:

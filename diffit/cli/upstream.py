@@ -1,6 +1,5 @@
 """Upstream's command line of sample.py, rewritten to ours by a small table."""
 
-import json
 from collections.abc import Sequence
 
 from diffit.cli.parser import take_flag
@@ -34,11 +33,10 @@ MEANINGLESS = {
     "mask_ratio": "None",
     "decode_layer": "None",
 }
-LISTS = ("class_labels",)
 
 UPSTREAM_HELP = f"""\
 Upstream's command lines work unchanged:
-{chr(10).join(f"  --{name:<20} is --{target}" for name, target in ALIASES.items())}
+{chr(10).join(f"  --{name:<18} is --{target}" for name, target in ALIASES.items())}
   --use_ddim True      is --sampler ddim
   --use_fp16 True      is --precision fp16
   --vae_decoder ema    is --vae {STABILITY_VAE.format("ema")}; likewise mse
@@ -52,7 +50,7 @@ recommends: --dry_run True shows them.
 
 
 def upstream_arguments(argv: Sequence[str]) -> list[str]:
-    """Rewrite upstream's flags to ours, and lists to one argument.
+    """Rewrite upstream's flags to ours.
 
     Raises:
         ValueError: if an upstream flag has a value that means nothing here.
@@ -62,9 +60,7 @@ def upstream_arguments(argv: Sequence[str]) -> list[str]:
     while position < len(argv):
         flag, values, position = take_flag(argv, position)
         name = flag[2:]
-        if name in LISTS:
-            ours.append(f"{flag}={json.dumps([str(value) for value in values])}")
-        elif name in TRANSLATED:
+        if name in TRANSLATED:
             ours += _translate(name, _boolean(" ".join(values) or "True"))
         elif name in MEANINGLESS:
             _refuse_unless_default(name, _boolean(" ".join(values) or "True"))

@@ -66,7 +66,8 @@ class ClassifierFreeGuidance:
             numbers were made with.
         interval: (first, last) original timesteps between which guidance acts, inclusive; elsewhere w = 1.
         num_timesteps: T of the original process.
-        skip_below: where |w - 1| is less, `at` gives a denoiser that does not evaluate the null half.
+        skip_below: where |w - 1| is less, `at` gives a denoiser that does not evaluate the null half; where w is 1
+            it never does.
 
     Raises:
         ValueError: if the schedule is unknown, or channels is less than 1.
@@ -105,10 +106,14 @@ class ClassifierFreeGuidance:
         return w
 
     def at(self, timestep: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """The denoiser for a batch at one original timestep: without the null half where it would hardly count.
+        """The denoiser for a batch at one original timestep: without the null half where it does not, or hardly, count.
 
+        It does not where w is 1 by definition: outside the interval, and at scale 1. (power_cosine comes so close to 1
+        that float32 rounds it, near T: there the null half stays, and with it every bit of the published samples.)
         A sampler knows its timesteps on the host; to ask the tensor t would wait for the device.
         """
+        if self.scale == 1 or (self.interval is not None and not self.interval[0] <= timestep <= self.interval[1]):
+            return self.labelled
         weight = self.weight(torch.tensor([timestep])).item()
         return self.labelled if abs(weight - 1) < self.skip_below else self
 

@@ -9,7 +9,7 @@ from diffit.config import CodecConfig, Device, Precision
 from diffit.data.config import DataConfig
 from diffit.diffusion.config import ProcessSettings
 from diffit.models.config import DiffiTConfig, model_config
-from diffit.sources import CheckpointConfig
+from diffit.sources import CheckpointConfig, Source, find_named
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class TrainConfig(ProcessSettings):
         model: a size of the zoo.
         network: fields of the network's config to replace, such as {depth: 30} or {blocks: [4, 4, 4]}.
         run_dir: folder of checkpoints and logs; the same command again resumes from its newest checkpoint.
-        init_from: start a new run from the weights of another checkpoint; its classes and resolution may differ.
+        init_from: start a new run from other weights: a checkpoint file, a bundled name (Diffit-Fashion), Diffit for
+            the released ones, or a Hub file owner/repository/name.safetensors; their classes and resolution may differ.
         steps: optimizer steps of the whole run.
         batch_size: images of a step, over all ranks and all parts of an accumulated step.
         accumulate: parts in which each rank computes its share of a step, one after the other, to save memory.
@@ -86,8 +87,8 @@ class TrainConfig(ProcessSettings):
         sampling: what the checkpoint recommends to sample.py.
         guidance: what the checkpoint recommends to sample.py.
         codec: the VAE, or pixels.
-        process: the diffusion process: gaussian (latent models), edm (models of pixels) or flow (both); its settings
-            are in the node diffusion, edm or flow.
+        process: the diffusion process: gaussian (the default of latent models), edm (that of models of pixels) or flow
+            (both); its settings are in the node diffusion, edm or flow.
         dry_run: print the resolved config, the size of the network and the cost of the run, and stop.
     """
 
@@ -149,3 +150,8 @@ class TrainTask:
 
     config: TrainConfig
     recipe: str
+
+
+def find_start(config: TrainConfig) -> tuple[Source, CheckpointConfig]:
+    """The weights that --init_from names, and what they say of themselves; see `find_named`."""
+    return find_named(config.init_from or "", flag="--init_from")

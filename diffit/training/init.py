@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from diffit.checkpoint import load_weights
 from diffit.models.config import NetworkConfig, build_model
-from diffit.sources import find_checkpoint
-from diffit.training.config import TrainConfig
+from diffit.training.config import TrainConfig, find_start
 
 _LABELS = "y_embedder.embedding_table.weight"
 _BIAS = "relative_position_bias_table"
@@ -25,7 +24,7 @@ def initial_model(config: TrainConfig, network: NetworkConfig, say: Callable[[st
     """A fresh network, or the one that --init_from names; `say` gets a sentence for each change that it needed."""
     if config.init_from is None:
         return build_model(network)
-    source, found = find_checkpoint(path=config.init_from)
+    source, found = find_start(config)
     trained = load_weights(source.fetch(), found)
     model = build_model(network)
     weights, changes = adapt_state(trained.state_dict(), model.state_dict())

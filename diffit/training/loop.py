@@ -18,9 +18,9 @@ from diffit.diffusion import create_process
 from diffit.distributed import World
 from diffit.files import exclusive
 from diffit.models.config import NetworkConfig, model_config
-from diffit.sources import CheckpointConfig, find_checkpoint
+from diffit.sources import CheckpointConfig
 from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
-from diffit.training.config import TrainConfig, TrainTask
+from diffit.training.config import TrainConfig, TrainTask, find_start
 from diffit.training.ema import EMA, ema_decays
 from diffit.training.evaluate import create_draw, create_scorer, save_preview
 from diffit.training.init import initial_model
@@ -218,4 +218,5 @@ def made_by(task: TrainTask, step: int) -> str:
     here = f"{task.recipe}, {step} steps of {task.config.batch_size} images"
     if task.config.init_from is None:
         return here
-    return f"{here}, after {find_checkpoint(path=task.config.init_from)[1].made_by}"
+    source, found = find_start(task.config)
+    return f"{here}, after {found.made_by or source}"

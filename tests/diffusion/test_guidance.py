@@ -95,6 +95,43 @@ def test_the_null_half_is_left_out_where_it_hardly_counts():
         assert not torch.equal(skipped, exact)
 
 
+@pytest.mark.parametrize("schedule", ["power_cosine", "constant"])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 20), ("dpm++", 10)])
+@torch.no_grad()
+def test_the_null_half_is_left_out_outside_the_interval(golden_latent, schedule, sampler, steps):
+    """B rows outside, 2B inside; the sample is that of both halves, which a callable without `at` evaluates."""
+    network = golden_network(golden_latent, "tiny_a")
+    z, labels = golden_tensors(golden_latent, "tiny_a", "ddim10_z", "ddim10_y")
+    calls = []
+
+    def model(x, t, y):
+        calls.append((len(x), t[0].item()))
+        return network(x, t, y)
+
+    def sample(both_halves, **settings):
+        calls.clear()
+        guided = ClassifierFreeGuidance(model, labels, network.num_classes, 4.4, schedule, **settings)
+        states = create_sampler(DiffusionConfig(), SamplingConfig(sampler, steps))
+        denoiser = (lambda x, t: guided(x, t)) if both_halves else guided
+        return list(states(denoiser, z, lambda: z))[-1].x, list(calls)
+
+    exact, every = sample(True, interval=(300, 600))
+    cheaper, fewer = sample(False, interval=(300, 600))
+    inside = [t for _, t in every if 300 <= t <= 600]
+    assert 0 < len(inside) < steps
+    assert fewer == [(len(z) * (2 if t in inside else 1), t) for _, t in every]
+    torch.testing.assert_close(cheaper, exact, rtol=1e-6, atol=1e-6 * exact.abs().max().item())
+    without, rows = sample(False)
+    assert {count for count, _ in rows} == {2 * len(z)}
+    assert torch.equal(without, sample(True)[0])
+
+
+def test_scale_1_needs_no_null_half():
+    for schedule in ("power_cosine", "constant"):
+        guided = ClassifierFreeGuidance(linear_model, torch.tensor([3]), 9, 1.0, schedule)
+        assert guided.at(10) == guided.labelled
+
+
 def test_what_is_skipped_is_bounded():
     labels = torch.tensor([3, 5])
     cfg = ClassifierFreeGuidance(linear_model, labels, 9, 4.4, "power_cosine", skip_below=1e-3)

@@ -240,7 +240,9 @@ def test_two_processes_equal_one(sample, checkpoint, tmp_path):
     images, labels, _ = sample("--num_samples 10 --batch_size 8")
     flags = ("--num_samples", "10", "--batch_size", "3")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launcher, *command(checkpoint, tmp_path / "torchrun", *flags)], check=True, capture_output=True)
+    torchrun = [*launcher, *command(checkpoint, tmp_path / "torchrun", *flags)]
+    said = subprocess.run(torchrun, check=True, capture_output=True, text=True).stdout
+    assert said.count("(pictures: ") == 1  # one rank says where the samples are
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "127.0.0.1"}
     tasks = [
         subprocess.Popen(

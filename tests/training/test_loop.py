@@ -16,6 +16,7 @@ from diffit.training.config import OptimizerConfig
 from diffit.training.ema import EMA, learning_rate, ramped_decay
 from diffit.training.loop import train
 from tests.conftest import ROOT
+from tests.data.pictures import write_pictures
 from tests.small_models import save_small_vae, write_fashion_files
 
 NETWORK = "{input_size: 16, hidden_size: 16, depth: 1, num_heads: 2, num_classes: 10}"
@@ -60,7 +61,9 @@ def test_two_processes_learn_what_one_does(flags, tmp_path):
     run(flags, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(ROOT / "train.py"), *flags, "--run_dir", str(tmp_path / "two")]
-    subprocess.run(command, check=True, capture_output=True)
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said.splitlines()[-1].startswith(str(tmp_path / "two" / "checkpoints" / "00000006" / "ema.safetensors"))
+    assert said.count("ema.safetensors  (python sample.py") == 1  # one rank says where the weights are
     one, two = (np.array(log_of(tmp_path / name, "loss", "grad_norm")) for name in ("one", "two"))
     np.testing.assert_allclose(two[:, 0], one[:, 0], rtol=1e-5)
     np.testing.assert_allclose(two[:, 1], one[:, 1], rtol=1e-3)
@@ -92,6 +95,34 @@ def test_a_new_run_starts_from_another(flags, tmp_path):
     assert config.made_by == "command line, 1 steps of 8 images, after command line, 6 steps of 8 images"
     for name, value in load_model(first)[0].state_dict().items():
         assert torch.equal(second.state_dict()[name], value)
+
+
+def test_a_new_run_starts_from_a_bundled_name(tmp_path):
+    """With other classes, those of the pictures; all other weights are Diffit-Fashion's."""
+    pictures = write_pictures(tmp_path / "images", {"cat": 2, "dog": 2})
+    settings = ["--config", str(ROOT / "configs" / "fashion_mnist.yaml"), "--init_from", "Diffit-Fashion"]
+    settings += ["--data.name", "folder", "--data.path", str(pictures), "--data.workers", "0", "--device", "cpu"]
+    still = [
+        "--batch_size",
+        "4",
+        "--steps",
+        "1",
+        "--optimizer.lr",
+        "0",
+        "--ema_decay",
+        "0",
+        "--compile",
+        "false",
+        "--precision",
+        "fp32",
+    ]
+    model, config = load_model(train(parse_train([*settings, *still, "--run_dir", str(tmp_path / "run")])))
+    assert config.class_names == ("cat", "dog")
+    bundled, its_config = load_model("Diffit-Fashion")
+    assert config.made_by.endswith(f"after {its_config.made_by}")
+    for name, value in bundled.state_dict().items():
+        if name != "y_embedder.embedding_table.weight":
+            assert torch.equal(model.state_dict()[name], value)
 
 
 def test_order_is_a_permutation_per_epoch_and_knows_no_batches():

@@ -1,0 +1,107 @@
+"""train.py's command line: defaults that follow the model, what a run starts from, and what is refused before it."""
+
+import pytest
+
+from diffit.cli.train import check_data, parse_train
+from diffit.config import PIXELS, STABILITY_VAE
+from tests.conftest import ROOT
+from tests.small_models import save_small_checkpoint, save_small_image_checkpoint
+
+VAE = STABILITY_VAE.format("ema")
+
+
+def train_config(line: str):
+    return parse_train(line.split()).config
+
+
+def refusal(line: str, capsys) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_train(line.split())
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("line", "process", "codec", "sampler"),
+    [
+        ("", "gaussian", (VAE, 8), ("ddpm", 250)),
+        ("--model Diffit-S", "gaussian", (VAE, 8), ("ddpm", 250)),
+        ("--model ImageDiffit-Tiny", "edm", (PIXELS, 1), ("heun", 18)),
+        ("--model ImageDiffit-FFHQ64", "edm", (PIXELS, 1), ("heun", 40)),
+        ("--model ImageDiffit-Tiny --network.input_size 64", "edm", (PIXELS, 1), ("heun", 40)),
+        ("--model ImageDiffit-Tiny --process flow", "flow", (PIXELS, 1), ("euler", 50)),
+        ("--model Diffit-S --process flow", "flow", (VAE, 8), ("euler", 50)),
+        ("--model Diffit-S --process flow --sampling.sampler heun", "flow", (VAE, 8), ("heun", 50)),
+        ("--model ImageDiffit-Tiny --sampling.num_sampling_steps 5", "edm", (PIXELS, 1), ("heun", 5)),
+        ("--codec.vae Diffit-Fashion-VAE --codec.factor 4", "gaussian", ("Diffit-Fashion-VAE", 4), ("ddpm", 250)),
+    ],
+)
+def test_a_model_knows_its_process(line, process, codec, sampler):
+    config = train_config(line)
+    assert config.process == process
+    assert (config.codec.vae, config.codec.factor) == codec
+    assert (config.sampling.sampler, config.sampling.num_sampling_steps) == sampler
+
+
+def test_a_file_overrides_what_follows_from_the_model(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: ImageDiffit-Tiny\nprocess: flow\nsampling:\n  num_sampling_steps: 7\n")
+    config = train_config(f"--config {recipe}")
+    assert (config.process, config.codec.vae) == ("flow", PIXELS)
+    assert (config.sampling.sampler, config.sampling.num_sampling_steps) == ("euler", 7)
+    assert train_config(f"--config {recipe} --process edm").sampling.sampler == "heun"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--model ImageDiffit-Tiny --process gaussian", "needs --process edm or flow and a --codec.vae of pixels"),
+        ("--model Diffit-S --process edm", "needs --process gaussian or flow and a --codec.vae of latents"),
+        ("--model ImageDiffit-Tiny --codec.vae x/y", "needs --process edm or flow and a --codec.vae of pixels"),
+        ("--network.depth many", "--network.depth must be a whole number, not many"),
+        ("--network.deepness 3", "unknown network setting 'deepness' for Diffit"),
+        ("--model ImageDiffit-Tiny --network.channels 3", "--network.channels must be one or more whole numbers"),
+        ("--init_from Diffit-S", "no weights were released for Diffit-S: give yours with --init_from"),
+        ("--init_from nowhere.safetensors", "there is no checkpoint file nowhere.safetensors: check the path"),
+        ("--init_from Diffit-Fashion", "holds another network, of patch_size 1 instead of 2"),
+        ("--init_from Diffit-Fashion --model ImageDiffit-Tiny", "holds Diffit-Fashion, a network of latents"),
+        ("--init_from Diffit --model ImageDiffit-Tiny", "nvidia/DiffiT/diffit_256.safetensors holds Diffit, a network"),
+    ],
+)
+def test_refusals(line, words, capsys):
+    error = refusal(line, capsys)
+    assert words in error
+    assert "--model_path" not in error
+
+
+def test_a_start_from_a_file_is_checked(tmp_path, capsys):
+    latents, pixels = save_small_checkpoint(tmp_path, "vae"), save_small_image_checkpoint(tmp_path)
+    assert "Diffit-S, a network of latents" in refusal(f"--model ImageDiffit-Tiny --init_from {latents}", capsys)
+    assert "a network of pixels" in refusal(f"--model Diffit-S --init_from {pixels}", capsys)
+    (tmp_path / "nameless.pt").write_bytes(b"")
+    error = refusal(f"--init_from {tmp_path / 'nameless.pt'}", capsys)
+    assert "does not say which model it holds: --init_from takes files that do" in error
+
+
+def test_names_and_released_weights_are_a_start():
+    fashion = f"--config {ROOT / 'configs' / 'fashion_mnist.yaml'} --init_from Diffit-Fashion"
+    assert train_config(fashion).init_from == "Diffit-Fashion"
+    for name in ("Diffit", "nvidia/DiffiT"):  # of 256 pixels, for any resolution
+        assert train_config(f"--init_from {name} --network.input_size 64").init_from == name
+
+
+def test_data_are_asked_for_before_anything_is_loaded(tmp_path):
+    """Unless a recipe brings them, or a folder of latents is there in their place."""
+    with pytest.raises(ValueError, match=r"--data.path FOLDER_OR_ZIP; or take a recipe .* configs/debug.yaml"):
+        check_data(train_config(f"--run_dir {tmp_path / 'run'}"))
+    with pytest.raises(FileNotFoundError, match=r"there are no images at .*nowhere: check --data.path"):
+        check_data(train_config(f"--data.path {tmp_path / 'nowhere'}"))
+    check_data(train_config(f"--data.path {tmp_path}"))
+    check_data(train_config(f"--data.cache {tmp_path}"))
+    with pytest.raises(ValueError, match="name the images"):
+        check_data(train_config(f"--model ImageDiffit-Tiny --data.cache {tmp_path}"))
+    for recipe in ("debug", "fashion_mnist", "fashion_mnist_flow", "fashion_mnist_image", "cifar10"):
+        check_data(train_config(f"--config {ROOT / 'configs' / recipe}.yaml"))
