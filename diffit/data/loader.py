@@ -49,8 +49,8 @@ TrainingSet = PixelDataset | LatentDataset
 class Batch(NamedTuple):
     """What one rank sees in a step.
 
-    x_start and noise [b, c, h, w]; t [b], see `Process.draw_t`; conditions: the network's further arguments by keyword, each
-    [b] or [b, features]: y, drop_label (bool) and, of augmented images, augment_labels.
+    x_start and noise [b, c, h, w]; t [b], see `Process.draw_t`; conditions: the network's further arguments by keyword,
+    each [b] or [b, features]: y, drop_label (bool) and, of augmented images, augment_labels.
     """
 
     x_start: Tensor
