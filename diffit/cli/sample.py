@@ -1,16 +1,21 @@
-"""The configuration of sample.py. Precedence, weak to strong: what the checkpoint recommends, --config, flags."""
+"""The command sample.py. Precedence of settings, weak to strong: what the checkpoint recommends, --config, flags."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from diffit.cli.parser import answer_help, build_parser, config_first, instantiate, parse, refuse
+import yaml
+
+from diffit.cli.parser import answer_help, build_parser, config_first, fail, instantiate, parse, refuse
 from diffit.cli.settings import Command
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.config import PIXELS
 from diffit.diffusion.config import SKIP_BELOW, ProcessSettings, check_process
+from diffit.files import as_tree
+from diffit.ranks import detect_world
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sources import CheckpointConfig, Source, find_checkpoint
 
@@ -26,6 +31,28 @@ COMMAND = Command(
     ),
     follows=dict.fromkeys(_NODES, "the checkpoint's"),
 )
+
+
+def main() -> int:
+    """Parse, sample, say where the samples are; 2 if the user can mend it, 130 if interrupted."""
+    task, world = parse_sample(), detect_world()
+    if task.config.dry_run:
+        print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from diffit.sampling.generate import generate  # loads PyTorch, which --help and --dry_run do without
+
+    try:
+        path = generate(task)
+    except ValueError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        if world.is_main:
+            print("\nstopped: the same command continues from here", file=sys.stderr)
+        return 130
+    if world.is_main:
+        print(f"{path}  (pictures: {path.with_name('grid.png')})")
+    return 0
 
 
 def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:

@@ -1,4 +1,4 @@
-"""The configuration of train.py. Precedence, weak to strong: defaults, --config, flags."""
+"""The command train.py. Precedence of settings, weak to strong: defaults, --config, flags."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from diffit.cli.parser import answer_help, build_parser, config_first, instantiate, parse, refuse
+import yaml
+
+from diffit.cli.parser import answer_help, build_parser, config_first, fail, instantiate, parse, refuse
 from diffit.cli.settings import Command, fits, words_of
 from diffit.config import PIXELS
 from diffit.diffusion.config import check_process
+from diffit.files import as_tree
 from diffit.models.config import DiffiTConfig, model_config
+from diffit.ranks import detect_world
 from diffit.sources import default_config
 from diffit.training.config import TrainConfig, TrainTask, find_start
 
@@ -32,6 +36,44 @@ COMMAND = Command(
         "sampling.num_sampling_steps": "that of the process",
     },
 )
+
+
+def main() -> int:
+    """Parse, train, say where the weights are; 2 if the user can mend it, 75 if asked to stop, 130 if interrupted."""
+    task, world = parse_train(), detect_world()
+    if task.config.dry_run:
+        from diffit.device import resolve_device
+        from diffit.training.estimate import report
+
+        try:
+            cost = report(task.config, world.size, resolve_device(task.config.device))
+        except ValueError as error:
+            refuse(str(error))
+        print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
+        print("\n".join(f"# {line}" for line in cost.splitlines()))
+        return 0
+    try:
+        check_data(task.config)
+    except (ValueError, FileNotFoundError) as error:
+        refuse(str(error))
+    from diffit.training.loop import train
+    from diffit.training.stopping import EXIT_CODE, Stopped
+
+    try:
+        path = train(task)
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    except Stopped as stopped:
+        if world.is_main:
+            print(stopped, file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        if world.is_main:
+            print("\nstopped: the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    if world.is_main:
+        print(f"{path}  (python sample.py --model_path {path})")
+    return 0
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainTask:

@@ -28,9 +28,8 @@ class SampleConfig(ProcessSettings):
         device: where to run; auto takes a GPU if there is one.
         precision: of the network's products; norms, softmax's sums, guidance and sampler stay in fp32. By default fp32,
             and with --fast True the 16 bits that the device computes with.
-        fast: for previews: 16-bit weights, projections of times and labels computed beforehand, the null half left out
-            where guidance hardly acts (--guidance.skip_below 1e-3) and, on CUDA, network and VAE compiled. What it
-            changes in the images is in docs/benchmarks.md.
+        fast: for previews: 16-bit weights, the null half left out where guidance hardly acts (--guidance.skip_below
+            1e-3) and, on CUDA, network and VAE compiled. What it changes in the images is in docs/benchmarks.md.
         save_png: also write every sample as a PNG file.
         overwrite: replace samples made with other settings.
         dry_run: print the resolved config and stop.
