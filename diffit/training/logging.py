@@ -41,7 +41,7 @@ class MetricLogger:
         if world.is_main:
             forget_later_lines(self.path, first)
             self.tracker = create_tracker(config, first)
-        self.begun = 0.0
+        self.steps, self.begun = 0, 0.0
         self.restart_clock(first)
 
     def info(self, sentence: str) -> None:
@@ -52,12 +52,13 @@ class MetricLogger:
     def count_step(self) -> None:
         """One step more on the bar; once the first ones are timed, how long the run will take."""
         self.bar.update()
-        begin, end = (self.bar.initial + n for n in _TIMED)
-        if self.bar.n == begin:
+        self.steps += 1
+        begin, end = _TIMED
+        if self.steps == begin:
             self.begun = time.monotonic()
-        elif self.bar.n == end:
+        elif self.steps == end:
             seconds = (time.monotonic() - self.begun) / (end - begin)
-            left = self.config.steps - end
+            left = self.config.steps - self.bar.n
             speed = self.config.batch_size / seconds
             self.info(f"{left:,} steps to go at {speed:,.0f} images/s: about {in_words(left * seconds)}")
 
