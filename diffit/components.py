@@ -14,7 +14,7 @@ from diffit.models.config import DiffiTConfig, NetworkConfig
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import DiffiT
 
-# The code in a saved pipeline, for DiffusionPipeline.from_pretrained: transformer/NETWORK_MODULE.py, PIPELINE_MODULE.py.
+# The code in a saved pipeline, for DiffusionPipeline.from_pretrained; the first in transformer/, the other above it.
 NETWORK_MODULE, PIPELINE_MODULE = "modeling_diffit", "pipeline"
 MODULE_SOURCE = """try:
     from diffit.components import DiffiTTransformer2DModel, ImageDiffiTTransformer2DModel

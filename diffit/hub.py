@@ -149,7 +149,7 @@ def download(repo_id: str, **settings: Any) -> Path:
 
 
 def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
-    """Upload a folder to a repository, which is made if it is not there; returns the address.
+    """Upload a folder to a repository, which is made if it is not there; returns the commit's address.
 
     Raises:
         ValueError: in one sentence, if the Hub cannot be reached or refuses.

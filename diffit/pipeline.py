@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -50,7 +50,7 @@ class DiffiTPipeline(DiffusionPipeline):
         card: what the model card says beside that: `license` (a Hub id of one) and `scores` (of the evaluator).
     """
 
-    _optional_components = ("vae",)
+    _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(
         self,
@@ -215,7 +215,8 @@ class DiffiTPipeline(DiffusionPipeline):
         card = hub.card_facts(name, config)
         vae = codec.vae if isinstance(codec, VAECodec) else None
         pipeline = cls(as_component(model, config.network), vae, checkpoint, card)
-        return pipeline.to(dtype=dtype or torch_dtype or torch.float32)
+        dtype = dtype or torch_dtype
+        return pipeline if dtype is None else pipeline.to(dtype=dtype)
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
