@@ -239,10 +239,7 @@ class DiffiTPipeline(DiffusionPipeline):
     ) -> None:
         """Write the pipeline as a folder that `from_pretrained` and diffusers read; model_index.json comes last.
 
-        Args:
-            save_directory: the folder.
-            repo_id: what its model card calls it; by default the folder's name.
-            kwargs: as diffusers takes them: variant, max_shard_size.
+        repo_id: what its model card calls it, by default the folder's name; kwargs: variant, max_shard_size.
 
         Raises:
             ValueError: in one sentence, if it cannot be written.
@@ -258,6 +255,8 @@ class DiffiTPipeline(DiffusionPipeline):
             (folder / "transformer").mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
                 write_atomically(folder / name, text.encode())
+            if self.vae is not None:  # sampling laid its decoder out for convolutions, which old diffusers cannot save
+                self.vae.decoder.to(memory_format=torch.contiguous_format)
             super().save_pretrained(str(folder), **kwargs)
         except OSError as error:
             raise ValueError(f"cannot write the pipeline to {folder} ({first_line(error)}): choose another") from error
