@@ -51,7 +51,7 @@ In plain diffusers: `DiffusionPipeline.from_pretrained("{repo_id}", trust_remote
 | recipe | {recipe} |
 | process | {process} |
 | recommended | {recommended} |
-| VAE | {vae} |
+| trained with the VAE | {vae} |
 {scores}
 ## Licence
 
