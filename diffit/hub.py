@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffit.checkpoint import BUNDLED, CheckpointConfig
 from diffit.files import first_line, quiet_hub
+from diffit.sources import BUNDLED, CheckpointConfig
 
 SCORES = "scores.json"  # beside the weights, as the evaluator writes it by --json
 DOWNLOAD_SETTINGS = ("revision", "token", "cache_dir", "local_files_only", "force_download")

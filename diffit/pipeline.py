@@ -6,35 +6,37 @@
 `python -m diffit.pipeline CHECKPOINT FOLDER` writes any checkpoint as a folder that diffusers reads:
 
     model_index.json    the components, and what the checkpoint recommends: process, sampling, guidance, class names
-    transformer/        config.json and weights (safetensors) of the network
-    vae/                AutoencoderKL; image-space models have none
-    pipeline.py, transformer/modeling_diffit.py     for DiffusionPipeline.from_pretrained: they import this file
-    README.md           the model card
+    transformer/, vae/  config.json and weights (safetensors); image-space models have no VAE
+    README.md           the model card; beside it, two small modules for plain diffusers (see components.py)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import is_accelerate_available
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit import components, hub
-from diffit.checkpoint import BUNDLED, HUB_REPOSITORY, CheckpointConfig, load_model
+from diffit.checkpoint import load_model
 from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
 from diffit.files import as_tree, first_line, write_atomically
 from diffit.models.config import ZOO, model_config
-from diffit.sampling.images import class_names, resolve_labels, sample_images
+from diffit.sampling.images import Callback, class_names, resolve_labels, sample_images
+from diffit.sources import BUNDLED, HUB_REPOSITORY, CheckpointConfig
 from diffit.training.checkpointing import STATE_FILE, load_trained
 
 _BATCH_SIZE = 16
@@ -61,9 +63,7 @@ class DiffiTPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         if checkpoint is None:
-            raise ValueError(
-                "the pipeline needs the checkpoint's settings: make it with DiffiTPipeline.from_pretrained"
-            )
+            raise ValueError("the checkpoint's settings are missing: make it with DiffiTPipeline.from_pretrained")
         if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"the VAE has {vae.config.latent_channels} latent channels, {checkpoint['model']} needs "
@@ -77,7 +77,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        class_labels: Sequence[int | str] | Tensor | int | str | None = None,
+        class_labels: Sequence[int | str] | Tensor | NDArray[Any] | int | str | None = None,
         num_inference_steps: int | str | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
@@ -106,45 +106,48 @@ class DiffiTPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"there is no output_type '{output_type}': choose pil, np or pt")
-        given = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
+        given: Any = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
         labels = [given] if isinstance(given, int | str) else list(given or [])
-        count = max(1, len(labels)) if num_images is None else num_images
+        count = num_images if num_images is not None else 1 if given is None else len(labels)
         device, dtype = self._execution_device, self.transformer.dtype
-        bars: list[Any] = []
-
-        def show(step: int, num_steps: int, x: Tensor) -> None:
-            if not bars:
-                bars.append(self.progress_bar(total=num_steps * -(-count // _BATCH_SIZE)))
-            bars[0].update()
-            state = {"latents": x}
-            returned = callback_on_step_end(self, step - 1, None, state) if callback_on_step_end else None
-            if returned and returned.get("latents", x) is not x:
-                raise ValueError("the callback returned other latents: the sampler's state can be read, not replaced")
-
-        try:
-            # Weights of 16 bits multiply in theirs; norms, guidance and sampler stay in float32.
-            with torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
-                images, _ = sample_images(
-                    *(self.transformer, self._settings, count),
-                    seed=seed,
-                    class_labels=labels,
-                    sampler=sampler,
-                    num_sampling_steps=num_inference_steps,
-                    cfg_scale=guidance_scale,
-                    batch_size=_BATCH_SIZE,
-                    device=device,
-                    codec=create_codec(self._settings.codec, device, vae=self.vae),
-                    callback=show,
-                )
-        finally:
-            for bar in bars:
-                bar.close()
+        # Weights of 16 bits multiply in theirs; norms, guidance and sampler stay in float32.
+        autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
+        with autocast, self._shown(-(-count // _BATCH_SIZE), callback_on_step_end) as show:
+            images, _ = sample_images(
+                *(self.transformer, self._settings, count),
+                seed=seed,
+                class_labels=labels,
+                sampler=sampler,
+                num_sampling_steps=num_inference_steps,
+                cfg_scale=guidance_scale,
+                batch_size=_BATCH_SIZE,
+                device=device,
+                codec=create_codec(self._settings.codec, device, vae=self.vae),
+                callback=show,
+            )
         output: Any = torch.from_numpy(images).permute(0, 3, 1, 2).to(device) / 255  # [N, C, H, W]
         if output_type != "pt":
             output = output.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
             output = self.numpy_to_pil(output)
         return ImagePipelineOutput(images=output) if return_dict else (output,)
+
+    @contextlib.contextmanager
+    def _shown(self, num_batches: int, callback_on_step_end: Callable[..., Any] | None) -> Iterator[Callback]:
+        """A callback of `sample_images` that moves the progress bar and calls the user's."""
+        with contextlib.ExitStack() as opened:
+            bars: list[Any] = []
+
+            def show(step: int, num_steps: int, x: Tensor) -> None:
+                if not bars:
+                    bars.append(opened.enter_context(self.progress_bar(total=num_steps * num_batches)))
+                bars[0].update()
+                state = {"latents": x}
+                returned = callback_on_step_end(self, step - 1, None, state) if callback_on_step_end else None
+                if returned and returned.get("latents", x) is not x:
+                    raise ValueError("the callback returned other latents: the sampler's state cannot be replaced")
+
+            yield show
 
     @property
     def labels(self) -> dict[str, int]:
@@ -163,8 +166,7 @@ class DiffiTPipeline(DiffusionPipeline):
             pretrained_model_name_or_path: a bundled name ("Diffit-Fashion"); "Diffit" or "nvidia/DiffiT" for the
                 released weights at 256 pixels; a file or Hub file ("nvidia/DiffiT/diffit_512.safetensors"); a run's
                 folder or one of its checkpoints; a folder that `save_pretrained` wrote, or its Hub id.
-            kwargs: torch_dtype (or dtype), and vae for another AutoencoderKL; saved pipelines and Hub ids take all that
-                diffusers does.
+            kwargs: dtype (or torch_dtype), and vae, an AutoencoderKL; saved pipelines take all that diffusers does.
 
         Raises:
             ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
@@ -212,11 +214,9 @@ class DiffiTPipeline(DiffusionPipeline):
         model, config = load_trained(path) if trained else load_model(path if path.exists() else name)
         codec = create_codec(config.codec, torch.device("cpu"), vae=vae)
         checkpoint = {key: value for key, value in as_tree(config).items() if key != "network"}
-        card = hub.card_facts(name, config)
         vae = codec.vae if isinstance(codec, VAECodec) else None
-        pipeline = cls(as_component(model, config.network), vae, checkpoint, card)
-        dtype = dtype or torch_dtype
-        return pipeline if dtype is None else pipeline.to(dtype=dtype)
+        pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(name, config))
+        return pipeline.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else pipeline
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

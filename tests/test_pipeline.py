@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
 from diffit import DiffiTPipeline, load_model, sample_images
-from diffit.checkpoint import CheckpointConfig
 from diffit.components import DiffiTTransformer2DModel
 from diffit.pipeline import main
+from diffit.sources import CheckpointConfig
 from tests.conftest import ROOT
 from tests.local_hub import local_hub
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae
@@ -77,6 +77,7 @@ def python(code, *arguments, **environment):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
+        ({"class_labels": np.array([1, 0])}, {"num_samples": 2, "class_labels": [1, 0]}),
         ({"class_labels": ["Dog", 2, "0"]}, {"num_samples": 3, "class_labels": ["Dog", 2, "0"]}),
         (
             {"class_labels": torch.tensor([2, 1]), "num_inference_steps": 2, "guidance_scale": 3.0, "seed": 4},
@@ -110,6 +111,8 @@ def test_output_types(pipelines):
     np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
     with pytest.raises(ValueError, match="no output_type 'latent': choose pil, np or pt"):
         pipeline(["Cat"], output_type="latent")
+    with pytest.raises(ValueError, match="must be at least 1"):
+        pipeline([])
 
 
 def test_classes_by_name(pipelines):
@@ -235,7 +238,7 @@ def test_bar_and_callback(pipelines, saved):
     pipeline(["Cat"], num_images=17, num_inference_steps=2, callback_on_step_end=look)
     assert seen == [(True, step, None, (count, 3, 32, 32)) for count in (16, 1) for step in (0, 1)]
     assert "4/4" in text.getvalue()
-    with pytest.raises(ValueError, match="can be read, not replaced"):
+    with pytest.raises(ValueError, match="cannot be replaced"):
         pipeline(["Cat"], callback_on_step_end=lambda one, step, t, state: {"latents": state["latents"].clone()})
 
 
