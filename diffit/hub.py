@@ -145,7 +145,7 @@ def download(repo_id: str, **settings: Any) -> Path:
     def ask() -> Path:
         return Path(str(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **settings)))
 
-    return _ask_hub(ask, f"the Hub did not give {repo_id}", "or give the folder of a copy")
+    return _ask_hub(ask, repo_id, f"the Hub did not give {repo_id}", "or give the folder of a copy")
 
 
 def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
@@ -160,13 +160,13 @@ def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, 
         name = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         return str(upload_folder(repo_id=name, folder_path=folder, token=token, commit_message=commit_message))
 
-    return _ask_hub(ask, f"{repo_id} was not uploaded", "and log in by `hf auth login`")
+    return _ask_hub(ask, None, f"{repo_id} was not uploaded", "and log in by `hf auth login`")
 
 
-def _ask_hub(ask: Callable[[], Any], failed: str, hint: str) -> Any:
+def _ask_hub(ask: Callable[[], Any], wanted: str | None, failed: str, hint: str) -> Any:
     """What the Hub's client gives. Its errors are its own, or those of requests or httpx, by its version."""
     try:
-        with quiet_hub():
+        with quiet_hub(wanted):
             return ask()
     except Exception as error:
         raise ValueError(f"{failed} ({first_line(error)}): check the name and the network, {hint}") from error
