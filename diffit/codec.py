@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffit.config import PIXELS, STABILITY_VAE, CodecConfig
 from diffit.files import first_line, quiet_hub
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 BUNDLED_VAES = {"Diffit-Fashion-VAE": Path(__file__).parent / "bundled" / "diffit_fashion_vae"}
 _PIXELS_AT_ONCE = 1 << 20  # 16 images of 256 x 256, 4 of 512 x 512
@@ -28,14 +32,17 @@ class VAECodec:
         config: which VAE.
         device: where it runs.
         compiled: compile its decoder.
+        vae: the AutoencoderKL itself, if it is loaded already.
 
     Raises:
         ValueError: if the VAE cannot be found or loaded.
     """
 
-    def __init__(self, config: CodecConfig, device: torch.device, compiled: bool = False) -> None:
+    def __init__(
+        self, config: CodecConfig, device: torch.device, compiled: bool = False, vae: AutoencoderKL | None = None
+    ) -> None:
         self.reference, self.factor = config.vae, config.factor
-        self.vae = _load_vae(config.vae).eval().requires_grad_(False).to(device)
+        self.vae = (vae or _load_vae(config.vae)).eval().requires_grad_(False).to(device)
         self.vae.decoder.to(memory_format=torch.channels_last)  # which convolutions prefer
         if compiled:
             self.vae.decoder.compile(dynamic=False)
@@ -103,14 +110,16 @@ class PixelCodec:
 Codec = VAECodec | PixelCodec
 
 
-def create_codec(config: CodecConfig, device: torch.device, compiled: bool = False) -> Codec:
-    """The codec that a config names; compiled if there is anything to compile.
+def create_codec(
+    config: CodecConfig, device: torch.device, compiled: bool = False, vae: AutoencoderKL | None = None
+) -> Codec:
+    """The codec that a config names; compiled if there is anything to compile; around `vae` if that is loaded already.
 
     Raises:
         ValueError: if the VAE cannot be found or loaded, or pixels are to be scaled.
     """
     if config.vae != PIXELS:
-        return VAECodec(config, device, compiled)
+        return VAECodec(config, device, compiled, vae)
     if config.factor != 1:
         raise ValueError(f"the codec 'pixels' keeps the size of images: --codec.factor must be 1, not {config.factor}")
     return PixelCodec()

@@ -4,6 +4,7 @@ Letters: B batch, c latent channels, h = w latent side, p patch size, N = (h/p)^
 o output channels.
 """
 
+import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
@@ -68,7 +69,8 @@ class DiffiT(nn.Module):
         self.num_classes = num_classes
         grid = input_size // patch_size
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
-        self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, grid)[None], requires_grad=False)
+        positions = sincos_position_embedding(hidden_size, grid)[None].to(torch.get_default_dtype())
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         block = block_class(conditioning)

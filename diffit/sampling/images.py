@@ -39,6 +39,7 @@ def sample_images(
     cfg_scale: float | None = None,
     batch_size: int = 16,
     device: torch.device | str | None = None,
+    codec: Codec | None = None,
     callback: Callback | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Draw images from a network, as sample.py does with the same settings; what is None, the checkpoint recommends.
@@ -55,6 +56,7 @@ def sample_images(
         cfg_scale: guidance scale; 1 is no guidance.
         batch_size: samples at a time; it changes samples by no more than rounding.
         device: where to sample, to which the model is moved; by default where the model is.
+        codec: from what the network sees to images, on the device; by default the checkpoint's, loaded at every call.
         callback: called after every step of every batch with (step, num_steps, x): x is the state of the batch
             [B, c, h, w], on the device.
 
@@ -80,7 +82,7 @@ def sample_images(
     wanted = resolve_labels([str(label) for label in listed], class_names(config))
     place = torch.device(device) if device is not None else next(model.parameters()).device
     draw = create_sampler(config.process_config, sampling)
-    codec = create_codec(config.codec, place)
+    codec = codec or create_codec(config.codec, place)
     images, labels = [], []
     for start in range(0, num_samples, batch_size):
         indices = range(start, min(start + batch_size, num_samples))

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffit import load_model
+from diffit.training.checkpointing import load_trained
 from tests.conftest import ROOT
 from tests.training.runs import TWO, log_of, run
 
@@ -57,6 +60,27 @@ def test_fsdp_resumes_bit_for_bit(folder):
         np.testing.assert_array_equal(weights(folder / "fsdp_half", file), weights(folder / "fsdp", file))
     assert np.ptp(weights(folder / "fsdp") - weights(folder / "fsdp", "ema_0.2.safetensors")) > 0
     assert (folder / "fsdp_half" / "previews" / "00000006.png").exists()
+
+
+def test_shards_are_read_without_the_ranks_that_wrote_them(folder):
+    """The weights without EMA: FSDP's in shards, DDP's in state.pt, after the same training."""
+    sharded, config = load_trained(folder / "fsdp" / "checkpoints" / "00000006" / "state")
+    whole, _ = load_trained(folder / "ddp" / "checkpoints" / "00000006" / "state.pt")
+    for (name, ours), theirs in zip(sharded.state_dict().items(), whole.state_dict().values(), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
+    averaged, same_config = load_trained(folder / "fsdp")
+    assert same_config == config
+    assert any(not torch.equal(averaged.state_dict()[name], value) for name, value in sharded.state_dict().items())
+    np.testing.assert_array_equal(
+        np.concatenate([v.numpy().ravel() for v in averaged.state_dict().values()]), weights(folder / "fsdp")
+    )
+
+
+def test_shards_that_are_missing_are_named(folder, tmp_path):
+    checkpoint = shutil.copytree(folder / "fsdp" / "checkpoints" / "00000006", tmp_path / "00000006")
+    next((checkpoint / "state").glob("*.distcp")).unlink()
+    with pytest.raises(ValueError, match=r"the shards in .*state are damaged or incomplete"):
+        load_trained(checkpoint / "state")
 
 
 def test_the_kinds_of_parallelism_are_not_mixed(seen):

@@ -1,0 +1,299 @@
+"""DiffiT as a pipeline of diffusers, and on the Hub.
+
+    pipeline = DiffiTPipeline.from_pretrained("Diffit-Fashion")
+    images = pipeline(["Sneaker", "Bag"]).images
+
+`python -m diffit.pipeline CHECKPOINT FOLDER` writes any checkpoint as a folder that diffusers reads:
+
+    model_index.json    the components, and what the checkpoint recommends: process, sampling, guidance, class names
+    transformer/, vae/  config.json and weights (safetensors); image-space models have no VAE
+    README.md           the model card; beside it, two small modules for plain diffusers (see components.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import is_accelerate_available
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffit import components, hub
+from diffit.checkpoint import load_model
+from diffit.codec import VAECodec, create_codec
+from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
+from diffit.files import as_tree, first_line, write_atomically
+from diffit.models.config import ZOO, model_config
+from diffit.sampling.images import Callback, class_names, resolve_labels, sample_images
+from diffit.sources import BUNDLED, HUB_REPOSITORY, CheckpointConfig
+from diffit.training.checkpointing import STATE_FILE, load_trained
+
+_BATCH_SIZE = 16
+
+
+class DiffiTPipeline(DiffusionPipeline):
+    """From class labels to images, as `diffit.sample_images` and sample.py draw them.
+
+    Args:
+        transformer: the network, which sees latents or pixels.
+        vae: from latents to pixels; None in image space.
+        checkpoint: what a `CheckpointConfig` says beside the network, as JSON has it.
+        card: what the model card says beside that: `license` (a Hub id of one) and `scores` (of the evaluator).
+    """
+
+    _optional_components: ClassVar[list[str]] = ["vae"]
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        vae: AutoencoderKL | None,
+        checkpoint: dict[str, Any] | None = None,
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if checkpoint is None:
+            raise ValueError("the checkpoint's settings are missing: make it with DiffiTPipeline.from_pretrained")
+        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"the VAE has {vae.config.latent_channels} latent channels, {checkpoint['model']} needs "
+                f"{transformer.config.in_channels}: leave vae out, or give one that fits"
+            )
+        self.register_modules(transformer=transformer, vae=vae)
+        self.register_to_config(checkpoint=checkpoint, card=card or {"license": "unknown", "scores": {}})
+        sizes = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+        network = asdict(model_config(checkpoint["model"], **sizes))
+        self._settings = CheckpointConfig.from_json(json.dumps(checkpoint | {"network": network}))
+
+    def __call__(
+        self,
+        class_labels: Sequence[int | str] | Tensor | NDArray[Any] | int | str | None = None,
+        num_inference_steps: int | str | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        output_type: str = "pil",
+        *,
+        num_images: int | None = None,
+        sampler: str | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images, 16 at a time; what is None, the checkpoint recommends.
+
+        Args:
+            class_labels: numbers or names of classes, one an image; drawn at random by default.
+            num_inference_steps, guidance_scale, sampler: num_sampling_steps, cfg_scale, sampler of `sample_images`.
+            seed: image i depends on (seed, i) and the settings alone.
+            output_type: "pil" (a list of pictures), "np" (float32 [N, H, W, C] in 0..1) or "pt" (the same as a tensor
+                [N, C, H, W] on the pipeline's device).
+            num_images: N, with the labels repeated in turn; by default as many as there are labels, or one.
+            return_dict: False for a tuple in place of an `ImagePipelineOutput`.
+            callback_on_step_end: called with (pipeline, step, None, {"latents": x}) after every step of every batch,
+                steps counted from 0. The state x [B, c, h, w] is to be looked at: it cannot be replaced.
+
+        Raises:
+            ValueError: in one sentence, if a setting does not fit the model, or there is no such class.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"there is no output_type '{output_type}': choose pil, np or pt")
+        given: Any = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
+        labels = [given] if isinstance(given, int | str) else list(given or [])
+        count = num_images if num_images is not None else 1 if given is None else len(labels)
+        device, dtype = self._execution_device, self.transformer.dtype
+        # Weights of 16 bits multiply in theirs; norms, guidance and sampler stay in float32.
+        autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
+        with autocast, self._shown(-(-count // _BATCH_SIZE), callback_on_step_end) as show:
+            images, _ = sample_images(
+                *(self.transformer, self._settings, count),
+                seed=seed,
+                class_labels=labels,
+                sampler=sampler,
+                num_sampling_steps=num_inference_steps,
+                cfg_scale=guidance_scale,
+                batch_size=_BATCH_SIZE,
+                device=device,
+                codec=create_codec(self._settings.codec, device, vae=self.vae),
+                callback=show,
+            )
+        output: Any = torch.from_numpy(images).permute(0, 3, 1, 2).to(device) / 255  # [N, C, H, W]
+        if output_type != "pt":
+            output = output.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            output = self.numpy_to_pil(output)
+        return ImagePipelineOutput(images=output) if return_dict else (output,)
+
+    @contextlib.contextmanager
+    def _shown(self, num_batches: int, callback_on_step_end: Callable[..., Any] | None) -> Iterator[Callback]:
+        """A callback of `sample_images` that moves the progress bar and calls the user's."""
+        with contextlib.ExitStack() as opened:
+            bars: list[Any] = []
+
+            def show(step: int, num_steps: int, x: Tensor) -> None:
+                if not bars:
+                    bars.append(opened.enter_context(self.progress_bar(total=num_steps * num_batches)))
+                bars[0].update()
+                state = {"latents": x}
+                returned = callback_on_step_end(self, step - 1, None, state) if callback_on_step_end else None
+                if returned and returned.get("latents", x) is not x:
+                    raise ValueError("the callback returned other latents: the sampler's state cannot be replaced")
+
+            yield show
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The classes: name -> number."""
+        return {name: number for number, name in enumerate(class_names(self._settings))}
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Numbers of classes, for their names. Raises ValueError if there is no such class."""
+        return resolve_labels([label] if isinstance(label, str) else label, class_names(self._settings))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> DiffiTPipeline:
+        """The pipeline of a checkpoint, or one that was saved.
+
+        Args:
+            pretrained_model_name_or_path: a bundled name ("Diffit-Fashion"); "Diffit" or "nvidia/DiffiT" for the
+                released weights at 256 pixels; a file or Hub file ("nvidia/DiffiT/diffit_512.safetensors"); a run's
+                folder or one of its checkpoints; a folder that `save_pretrained` wrote, or its Hub id.
+            kwargs: dtype (or torch_dtype), and vae, an AutoencoderKL; saved pipelines take all that diffusers does.
+
+        Raises:
+            ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        folder = Path(name).expanduser()
+        if (folder / cls.config_name).is_file():
+            return cls._from_folder(folder, **kwargs)
+        released = name == HUB_REPOSITORY or name.startswith(f"{HUB_REPOSITORY}/")
+        if folder.exists() or released or name in ZOO or name.endswith((".safetensors", ".pt")):
+            return cls._from_checkpoint(name, **kwargs)
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ValueError(
+                f"there is no pipeline '{name}': give a checkpoint, a folder that save_pretrained wrote, a Hub id, or "
+                f"one of {', '.join(BUNDLED)}"
+            )
+        settings = {key: kwargs.pop(key) for key in hub.DOWNLOAD_SETTINGS if key in kwargs}
+        return cls._from_folder(hub.download(name, **settings), **kwargs)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, **kwargs: Any) -> DiffiTPipeline:
+        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which it needs
+        try:
+            return super().from_pretrained(str(folder), **kwargs)
+        except Exception as error:  # safetensors, json, diffusers: each has its own kinds
+            raise ValueError(
+                f"cannot load the pipeline in {folder} ({first_line(error)}): check that it was written by "
+                "DiffiTPipeline.save_pretrained, and copy or download it again"
+            ) from error
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        name: str,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        vae: AutoencoderKL | None = None,
+        trust_remote_code: bool = False,
+        **others: Any,
+    ) -> DiffiTPipeline:
+        if others:
+            raise ValueError(f"{name} is a checkpoint, not a saved pipeline: it takes no {', '.join(others)}")
+        path = Path(name).expanduser()
+        trained = name not in ZOO and (path.is_dir() or path.name == STATE_FILE)
+        model, config = load_trained(path) if trained else load_model(path if path.exists() else name)
+        codec = create_codec(config.codec, torch.device("cpu"), vae=vae)
+        checkpoint = {key: value for key, value in as_tree(config).items() if key != "network"}
+        vae = codec.vae if isinstance(codec, VAECodec) else None
+        pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(name, config))
+        return pipeline.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else pipeline
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """The content of model_index.json; the modules that it names are those of this package, not the folder's."""
+        index = super().load_config(pretrained_model_name_or_path, **kwargs)
+        found = index[0] if isinstance(index, tuple) else index
+        found["_class_name"] = cls.__name__
+        found["transformer"] = [components.__name__, found["transformer"][1]]
+        return index
+
+    def to_json_string(self) -> str:
+        """The content of model_index.json: the modules that it names are those that `save_pretrained` writes."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [PIPELINE_MODULE, DiffiTPipeline.__name__]
+        index["transformer"] = [NETWORK_MODULE, index["transformer"][1]]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], repo_id: str | None = None, **kwargs: Any
+    ) -> None:
+        """Write the pipeline as a folder that `from_pretrained` and diffusers read; model_index.json comes last.
+
+        repo_id: what its model card calls it, by default the folder's name; kwargs: variant, max_shard_size.
+
+        Raises:
+            ValueError: in one sentence, if it cannot be written.
+        """
+        folder = Path(save_directory).expanduser()
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained writes a folder: call push_to_hub(repo_id) to upload it")
+        size = sum(parameter.numel() for parameter in self.transformer.parameters())
+        card = hub.model_card(self._settings, repo_id or folder.resolve().name, size, **self.config["card"])
+        modules = (f"{PIPELINE_MODULE}.py", f"transformer/{NETWORK_MODULE}.py")
+        files = {"README.md": card} | dict.fromkeys(modules, MODULE_SOURCE)
+        try:
+            (folder / "transformer").mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                write_atomically(folder / name, text.encode())
+            if self.vae is not None:  # sampling laid its decoder out for convolutions, which old diffusers cannot save
+                self.vae.decoder.to(memory_format=torch.contiguous_format)
+            super().save_pretrained(str(folder), **kwargs)
+        except OSError as error:
+            raise ValueError(f"cannot write the pipeline to {folder} ({first_line(error)}): choose another") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload DiffiTPipeline",
+        **kwargs: Any,
+    ) -> str:
+        """Upload what `save_pretrained` writes, which takes the other arguments; returns the repository's address.
+
+        Raises:
+            ValueError: in one sentence, if the Hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, repo_id=repo_id, **kwargs)
+            return hub.upload(Path(folder), repo_id, private, token, commit_message)
+
+
+def main() -> int:
+    """Convert; 2 if the user can mend what goes wrong."""
+    from diffit.cli.parser import fail
+    from diffit.cli.pipeline import parse_convert
+
+    checkpoint, folder = parse_convert()
+    try:
+        DiffiTPipeline.from_pretrained(checkpoint).save_pretrained(folder)
+    except ValueError as error:
+        fail(str(error))
+    print(f'{folder}: DiffiTPipeline.from_pretrained("{folder}") samples from it')
+    return 0
+
+
+if __name__ == "__main__":
+    from diffit.pipeline import main as run  # the classes belong to the module, not to the program
+
+    sys.exit(run())
