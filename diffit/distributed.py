@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
@@ -45,6 +46,21 @@ def start(device: torch.device, minutes: float = 10.0) -> World:
         limit = timedelta(minutes=minutes)
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
     return replace(world, patient=dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+@contextlib.contextmanager
+def explained_timeout() -> Iterator[None]:
+    """Around collectives of `start`'s patience: says in a sentence that another rank did not come."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's have no kind of their own for it
+        if "timed out" not in str(error).lower():
+            raise
+        raise ValueError(
+            "another rank did not come to the same step in time: see what it printed, or whether its machine hangs, "
+            "and give --rank_timeout more minutes if it was only slow; the same command goes on from the newest "
+            "checkpoint"
+        ) from error
 
 
 def stop() -> None:

@@ -66,7 +66,8 @@ def train(task: TrainTask) -> Path:
 
         with StopSignals() as signals:
             while state.step < config.steps:
-                result = train_step(state, next(batches), config, world, signals.stop_requested)
+                with distributed.explained_timeout():
+                    result = train_step(state, next(batches), config, world, signals.stop_requested)
                 if result.finite:
                     logger.add(result.values)
                 logger.count_step()

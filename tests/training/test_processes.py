@@ -104,6 +104,18 @@ def test_one_changed_bit_in_one_process_is_found(folder, seen):
     assert not list((folder / "apart" / "checkpoints").glob("*"))
 
 
+def test_a_rank_that_hangs_is_not_waited_for_days(flags, tmp_path):
+    command = [*TWO, str(Path(__file__).parent / "hang.py"), str(tmp_path), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as runs:
+        said = next(line for line in runs.stdout if "another rank" in line)
+        runs.terminate()
+    assert "did not come to the same step in time" in said
+    assert "--rank_timeout" in said
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step(folder, seen):
     assert seen[0]["stopped"] == seen[1]["stopped"]
     kind, step = seen[0]["stopped"]
