@@ -17,7 +17,7 @@ def run(script, *arguments, cwd):
     )
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "app.py"])
 def test_help_from_a_foreign_folder(script, tmp_path):
     result = run(script, "--help", cwd=tmp_path)
     assert result.returncode == 0
@@ -25,7 +25,7 @@ def test_help_from_a_foreign_folder(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "app.py"])
 def test_mistakes_are_one_sentence(script, tmp_path):
     result = run(script, "--model", "Difit", cwd=tmp_path)
     assert result.returncode == 2
