@@ -21,13 +21,14 @@ from gradio.components import Component
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffit.checkpoint import CheckpointConfig, load_weights
-from diffit.cli.app import AppTask
+from diffit.checkpoint import load_weights
 from diffit.codec import Codec, create_codec
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion.config import SAMPLERS
+from diffit.sampling.config import AppTask
 from diffit.sampling.folder import draw_grid, picture
 from diffit.sampling.images import class_names, sample_images
+from diffit.sources import CheckpointConfig
 
 _SECONDS = 0.1  # between two pictures of a sample on its way
 _PATIENCE = 4  # times as long as a picture takes, which slow VAEs may, so that denoising stays most of the work
