@@ -48,10 +48,10 @@ try: runpy.run_path(sys.argv[0], run_name='__main__')
 except SystemExit: pass
 sys.exit(bool({'torch', 'diffusers', 'timm', 'torchvision'} & set(sys.modules)))
 """
-SCRIPTS = [str(ROOT / "sample.py"), str(ROOT / "train.py")]
+SCRIPTS = [str(ROOT / "sample.py"), str(ROOT / "train.py"), str(ROOT / "app.py")]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=["sample.py", "train.py"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=["sample.py", "train.py", "app.py"])
 @pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag", "1"], ["--guidance.interval", "5", "1"]])
 def test_help_and_mistakes_import_nothing_heavy(script, flags, tmp_path):
     """An answer within a second rests on this: no tensor library is loaded."""

@@ -11,8 +11,6 @@ from diffit.sampling.config import AppConfig, AppTask
 from diffit.sources import find_checkpoint
 
 GRADIO = 'the page needs Gradio: pip install "diffit[demo]"'
-
-
 COMMAND = Command(
     AppConfig,
     prog="app.py",
