@@ -17,7 +17,7 @@ def run(script, *arguments, cwd):
     )
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "app.py"])
 def test_help_from_a_foreign_folder(script, tmp_path):
     result = run(script, "--help", cwd=tmp_path)
     assert result.returncode == 0
@@ -25,7 +25,7 @@ def test_help_from_a_foreign_folder(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "app.py"])
 def test_mistakes_are_one_sentence(script, tmp_path):
     result = run(script, "--model", "Difit", cwd=tmp_path)
     assert result.returncode == 2
@@ -48,10 +48,10 @@ try: runpy.run_path(sys.argv[0], run_name='__main__')
 except SystemExit: pass
 sys.exit(bool({'torch', 'diffusers', 'timm', 'torchvision'} & set(sys.modules)))
 """
-SCRIPTS = [str(ROOT / "sample.py"), str(ROOT / "train.py")]
+SCRIPTS = [str(ROOT / "sample.py"), str(ROOT / "train.py"), str(ROOT / "app.py")]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=["sample.py", "train.py"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=["sample.py", "train.py", "app.py"])
 @pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag", "1"], ["--guidance.interval", "5", "1"]])
 def test_help_and_mistakes_import_nothing_heavy(script, flags, tmp_path):
     """An answer within a second rests on this: no tensor library is loaded."""

@@ -70,3 +70,32 @@ class SampleTask:
         if self.config.vae:
             codec = replace(codec, vae=self.config.vae)
         return replace(self.checkpoint, codec=codec, **nodes)
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """What app.py does.
+
+    Args:
+        model: a model of the zoo; without --model_path its bundled or released weights are used. Diffit-Fashion, the
+            bundled one, unless a file says otherwise.
+        model_path: weights: a .safetensors or .pt file, or a Hub file owner/repository/name.safetensors.
+        image_size: side of the images in pixels, 256 or 512 for the released weights; by default the checkpoint's.
+        device: where to sample; auto takes a GPU if there is one.
+        port: of 127.0.0.1, where the page is; other machines cannot reach it.
+    """
+
+    model: str | None = None
+    model_path: str | None = None
+    image_size: int | None = None
+    device: Device = "auto"
+    port: int = 7860
+
+
+@dataclass(frozen=True)
+class AppTask:
+    """A resolved command line of app.py: its settings, and the checkpoint that they speak of."""
+
+    config: AppConfig
+    source: Source
+    checkpoint: CheckpointConfig

@@ -170,18 +170,26 @@ def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
     """Write samples as folder/000000.png, ..."""
     folder.mkdir(exist_ok=True)
     for offset, image in enumerate(images):
-        _picture(image).save(folder / f"{first + offset:06d}.png")
+        picture(image).save(folder / f"{first + offset:06d}.png")
 
 
-def _picture(image: NDArray[np.uint8]) -> Image.Image:
+def picture(image: NDArray[np.uint8]) -> Image.Image:
+    """An image [H, W, C] as Pillow has it: grey for one channel, else RGB."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def save_grid(path: Path, images: NDArray[np.uint8], titles: Sequence[str]) -> None:
-    """A picture of up to some dozens of images [B, H, W, C], each with its title above; small images are enlarged."""
-    count, height, width = images.shape[:3]
+def save_grid(path: Path, images: Sequence[NDArray[np.uint8]], titles: Sequence[str]) -> None:
+    """Write `draw_grid` as a PNG file."""
+    buffer = io.BytesIO()
+    draw_grid(images, titles).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], columns: int | None = None) -> Image.Image:
+    """A picture of up to some dozens of images [H, W, C], each with its title above; small images are enlarged."""
+    count, (height, width) = len(images), images[0].shape[:2]
     zoom = max(1, 128 // width)
-    columns = min(count, max(4, round(count**0.5)))
+    columns = columns or min(count, max(4, round(count**0.5)))
     rows = -(-count // columns)
     gap, title_height = 8, 20
     cell_width, cell_height = width * zoom + gap, height * zoom + gap + title_height
@@ -191,11 +199,9 @@ def save_grid(path: Path, images: NDArray[np.uint8], titles: Sequence[str]) -> N
         left = gap + number % columns * cell_width
         top = gap + number // columns * cell_height
         draw.text((left, top + 2), _fit(title, font, width * zoom), "black", font)
-        enlarged = _picture(image).convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        enlarged = picture(image).convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, top + title_height))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    return sheet
 
 
 def _fit(title: str, font: Any, width: int) -> str:

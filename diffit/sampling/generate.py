@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -179,7 +178,7 @@ def _save_grid(folder: SampleFolder, names: Sequence[str]) -> None:
     pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
     shown = list(itertools.islice(pairs, _GRID_IMAGES))
     titles = [names[label] if label < len(names) else f"{number}" for number, (_, label) in enumerate(shown)]
-    save_grid(folder.path / GRID, np.stack([image for image, _ in shown]), titles)
+    save_grid(folder.path / GRID, [image for image, _ in shown], titles)
 
 
 def _manifest(

@@ -67,6 +67,8 @@ def sample_images(
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {seed}")
     if model.training:
         raise ValueError("the model is in training mode, in which labels are dropped: call model.eval() first")
     sampling, guidance = config.sampling, config.guidance

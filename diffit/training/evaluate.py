@@ -56,7 +56,7 @@ def save_preview(draw: Draw, model: nn.Module, config: CheckpointConfig, path: P
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     titles = [names[label] for label in labels] if names else [str(number) for number in range(_IMAGES)]
-    save_grid(path, images.cpu().numpy(), titles)
+    save_grid(path, list(images.cpu().numpy()), titles)
 
 
 def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:

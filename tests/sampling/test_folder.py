@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffit.files import difference
-from diffit.sampling.folder import SampleFolder, save_grid
+from diffit.sampling.folder import SampleFolder, draw_grid, picture, save_grid
 from tests.conftest import ROOT
 
 
@@ -151,3 +151,18 @@ def test_grid(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
     present = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
     assert {(25 * i,) * 3 for i in range(10)} <= present
+
+
+def test_a_grid_of_two_columns_is_filled_row_by_row():
+    images = images_of(1, 6) * 25
+    sheet = np.asarray(draw_grid(images, [""] * 6, columns=2))
+    side = 128 // 5 * 5  # images of width 5, enlarged
+    starts = [int(np.argwhere((sheet == 25 * i).all(-1))[0][0]) for i in range(1, 7)]  # the first row of pixels
+    assert starts[0] == starts[1] < starts[2] == starts[3] < starts[4] == starts[5]
+    assert sheet.shape[1] == 2 * (side + 8) + 8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_is_the_image(channels):
+    image = images_of(7, 1, channels)[0]
+    np.testing.assert_array_equal(np.asarray(picture(image)).reshape(image.shape), image)

@@ -85,6 +85,7 @@ def test_refusals(checkpoints):
         ({"sampler": "heun"}, "the heun sampler does not fit the gaussian process: choose ddpm or"),
         ({"class_labels": ["horse"]}, "there is no class 'horse'"),
         ({"num_samples": 0}, "must be at least 1"),
+        ({"seed": -1}, "the seed must be between 0 and"),
         ({"num_sampling_steps": 5000}, "cannot take 5000 steps"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -1,0 +1,8 @@
+"""A page on which a DiffiT checkpoint is played with in the browser: python app.py"""
+
+import sys
+
+from diffit.cli.app import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The page of app.py, where a checkpoint is played with in the browser. A tab is a function; `TABS` lists them.
+
+Letters: H x W x C of an image.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from gradio.components import Component
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffit.checkpoint import load_weights
+from diffit.codec import Codec, create_codec
+from diffit.device import resolve_device, set_matmul_precision
+from diffit.diffusion.config import SAMPLERS
+from diffit.sampling.config import AppTask
+from diffit.sampling.folder import draw_grid, picture
+from diffit.sampling.images import class_names, sample_images
+from diffit.sources import CheckpointConfig
+
+_SECONDS = 0.1  # between two pictures of a sample on its way
+_PATIENCE = 4  # times as long as a picture takes, which slow VAEs may, so that denoising stays most of the work
+_MOST_PICTURES = 36  # of a sweep
+_CSS = """
+.gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
+.picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
+.sweep img {padding-top: 2.5em; background: white}
+.command textarea {font-family: var(--font-mono); font-size: var(--text-sm)}
+progress {appearance: none; width: 100%; height: 0.5em; border: none; background: var(--border-color-primary)}
+progress::-webkit-progress-bar {background: var(--border-color-primary)}
+progress::-webkit-progress-value {background: var(--color-accent)}
+progress::-moz-progress-bar {background: var(--color-accent)}
+"""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the page shows: a network on its device, and what is said of it."""
+
+    model: nn.Module
+    config: CheckpointConfig
+    codec: Codec
+    names: Sequence[str]
+    arguments: Sequence[str]  # of sample.py, which name this checkpoint
+    stop: threading.Event = field(default_factory=threading.Event)  # set by the Stop buttons, cleared by a new run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one picture, as sample.py has them; label and cfg_scale are None for a model without classes."""
+
+    label: int | None
+    seed: int
+    sampler: str
+    num_sampling_steps: int | str
+    cfg_scale: float | None
+    schedule: str
+
+    @property
+    def title(self) -> str:
+        scale = "" if self.cfg_scale is None else f"s = {self.cfg_scale:g}, "
+        return f"{scale}{self.num_sampling_steps} steps"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A sample on its way: how far it is, 0 to 1, and in words; its image uint8 [H, W, C]."""
+
+    done: float
+    words: str
+    image: NDArray[np.uint8]
+
+
+class Stopped(Exception):
+    """The sample is not wanted any more."""
+
+
+def serve(task: AppTask) -> None:
+    """Load the checkpoint and serve the page until Ctrl+C.
+
+    Raises:
+        ValueError: if the checkpoint cannot be loaded or the port is taken.
+    """
+    page = build_page(load_demo(task))
+    page.queue(default_concurrency_limit=1)
+    try:
+        _, url, _ = page.launch(
+            server_name="127.0.0.1",
+            server_port=task.config.port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            ssr_mode=False,
+            css=_CSS,
+            # Named fonts would be asked of the internet.
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        )
+    except OSError as error:
+        raise ValueError(f"port {task.config.port} of 127.0.0.1 cannot be used: choose another with --port") from error
+    print(f"{task.checkpoint.model} is at {url} (Ctrl+C ends it)", flush=True)
+    page.block_thread()
+
+
+def load_demo(task: AppTask) -> Demo:
+    """The network and the codec of a command line, on its device, as precise as sample.py is by default.
+
+    Raises:
+        ValueError: in one sentence, if they cannot be loaded.
+    """
+    device = resolve_device(task.config.device)
+    set_matmul_precision("fp32")
+    model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False).to(device)
+    given = {name: getattr(task.config, name) for name in ("model_path", "image_size", "device")}
+    given = {"model": task.checkpoint.model} | {name: v for name, v in given.items() if v not in (None, "auto")}
+    arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    codec = create_codec(task.checkpoint.codec, device)
+    return Demo(model, task.checkpoint, codec, class_names(task.checkpoint), arguments)
+
+
+def read_settings(
+    demo: Demo, label: int | None, seed: float | None, sampler: str, schedule: str, steps: str, scale: Any
+) -> Settings:
+    """What the fields of the page say, in the order of the fields. `sample_images` checks the rest.
+
+    Raises:
+        ValueError: if what should be a number is none.
+    """
+    if seed is None or seed != int(seed):
+        raise ValueError("the seed must be a whole number")
+    if not (text := steps.strip()):
+        raise ValueError("say how many steps to take")
+    num_steps = int(text) if text.isdecimal() else text  # "ddim50" is a choice of steps too
+    if not demo.names:
+        return Settings(None, int(seed), sampler, num_steps, None, schedule)
+    try:
+        cfg_scale = float(scale)
+    except (TypeError, ValueError):
+        cfg_scale = math.nan
+    if not 0 <= cfg_scale < math.inf:
+        raise ValueError(f"the guidance scale must be a number of at least 0, not {scale}")
+    return Settings(label, int(seed), sampler, num_steps, cfg_scale, schedule)
+
+
+def denoise(demo: Demo, settings: Settings) -> Iterator[Frame]:
+    """The states of a sample while `sample_images` draws it in a thread, the finished image last.
+
+    To close the generator stops the thread at its next step.
+
+    Raises:
+        ValueError: if a setting does not fit.
+        Stopped: at the next step after a Stop button was pressed.
+    """
+    guidance = replace(demo.config.guidance, schedule=settings.schedule)
+    frames: SimpleQueue[Frame | Exception] = SimpleQueue()
+    closed = threading.Event()
+    start = due = time.monotonic()
+
+    def show(step: int, num_steps: int, x: Tensor) -> None:
+        nonlocal due
+        if closed.is_set() or demo.stop.is_set():
+            raise Stopped
+        before = time.monotonic()
+        if before >= due and step < num_steps:
+            image = demo.codec.decode(x)[0].cpu().numpy()
+            frames.put(Frame(step / num_steps, f"step {step} of {num_steps}", image))
+            now = time.monotonic()
+            due = now + max(_SECONDS, _PATIENCE * (now - before))
+
+    def work() -> None:
+        try:
+            images, _ = sample_images(
+                demo.model,
+                replace(demo.config, guidance=guidance),
+                num_samples=1,
+                seed=settings.seed,
+                class_labels=settings.label,
+                sampler=settings.sampler,
+                num_sampling_steps=settings.num_sampling_steps,
+                cfg_scale=settings.cfg_scale,
+                callback=show,
+            )
+            frames.put(Frame(1.0, f"done in {time.monotonic() - start:.1f} s", images[0]))
+        except Exception as error:  # raised where the frames are read
+            frames.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            frame = frames.get()
+            if isinstance(frame, Exception):
+                raise frame
+            yield frame
+            if frame.done == 1:
+                return
+    finally:
+        closed.set()
+
+
+def command(demo: Demo, settings: Settings) -> str:
+    """The command line that makes the same picture, logs/app/png/000000.png."""
+    words = ["python", "sample.py", *demo.arguments, "--num_samples", "1", "--seed", str(settings.seed)]
+    if settings.label is not None:
+        words += ["--class_labels", _label_text(settings.label, demo.names)]
+        words += ["--cfg_scale", str(settings.cfg_scale), "--cfg_cond", "True"]
+        words += ["--guidance.schedule", settings.schedule]
+    words += ["--sampler", settings.sampler, "--num_sampling_steps", str(settings.num_sampling_steps)]
+    return shlex.join([*words, "--log_dir", "logs/app", "--save_png", "True", "--overwrite", "True"])
+
+
+def _label_text(label: int, names: Sequence[str]) -> str:
+    """The name of a class where sample.py finds the class by it, else its number."""
+    name = names[label]
+    first = [other.lower() for other in names].index(name.lower())
+    return name if first == label and not name.lstrip("-").isdigit() else str(label)
+
+
+def build_page(demo: Demo) -> gr.Blocks:
+    """What all tabs have in common beside the tabs; what means nothing to the checkpoint is hidden."""
+    config, guided = demo.config, bool(demo.names)
+    classes = f"{len(demo.names)} classes, " if demo.names else ""
+    schedules = ["auto", *config.process_config.guidance_schedules]
+    with gr.Blocks(title=f"DiffiT: {config.model}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(
+            f"## {config.model}\n{config.image_size}x{config.image_size} pixels, {classes}{config.process} process. "
+            "The same settings always make the same picture."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=240):
+                common = [
+                    gr.Dropdown(list(demo.names), type="index", label="Class", visible=guided),
+                    gr.Number(0, label="Seed", step=1),
+                    gr.Dropdown(list(SAMPLERS[config.process]), value=config.sampling.sampler, label="Sampler"),
+                    gr.Dropdown(schedules, value=config.guidance.schedule, label="Guidance schedule", visible=guided),
+                ]
+            with gr.Column(scale=3):
+                for title, tab in TABS.items():
+                    with gr.Tab(title):
+                        tab(demo, common)
+    return page
+
+
+def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
+    """One picture, seen while it is denoised, and the command line that makes it."""
+
+    def run(*values: Any) -> Iterator[Sequence[Any]]:
+        settings = read_settings(demo, *values)
+        for frame in denoise(demo, settings):
+            line = command(demo, settings) if frame.done == 1 else None
+            yield _progress(frame.done, frame.words), picture(frame.image), line
+
+    config = demo.config
+    with gr.Row():
+        steps = gr.Textbox(str(config.sampling.num_sampling_steps), label="Steps", min_width=120)
+        scale = gr.Number(
+            config.guidance.scale, label="Guidance scale", step=0.1, min_width=120, visible=bool(demo.names)
+        )
+    shown = _image("picture", height="min(24rem, 84vw)")
+    line = gr.Textbox(
+        label="The same picture, as logs/app/png/000000.png", buttons=["copy"], elem_classes="command", render=False
+    )
+    _run_below(demo, "Generate", run, [*common, steps, scale], [shown, line])
+
+
+def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
+    """One seed over guidance scales and numbers of steps, as a labelled grid: a row a scale, a column a number."""
+
+    def run(*values: Any) -> Iterator[Sequence[Any]]:
+        label, seed, sampler, schedule, steps, scales = values
+        rows = scales if demo.names else [None]
+        cells = [read_settings(demo, label, seed, sampler, schedule, n, scale) for scale in rows for n in steps]
+        if not 0 < len(cells) <= _MOST_PICTURES:
+            raise ValueError(f"a sweep makes 1 to {_MOST_PICTURES} pictures, not {len(cells)}: choose other values")
+        side, titles = demo.config.image_size, [cell.title for cell in cells]
+        images = [np.full((side, side, 1), 224, np.uint8)] * len(cells)  # grey until they are drawn
+        for number, cell in enumerate(cells):
+            for frame in denoise(demo, cell):
+                images[number] = frame.image
+                whole = (number + frame.done) / len(cells)
+                words = f"picture {number + 1} of {len(cells)}, {frame.words}" if whole < 1 else "done"
+                yield _progress(whole, words), draw_grid(images, titles, columns=len(steps))
+
+    scales, steps = ["1", "1.5", "3", "6"], ["5", "10", "25", "50"]
+    several = partial(gr.Dropdown, multiselect=True, allow_custom_value=True, info="choose, or type others")
+    inputs = [
+        *common,
+        several(steps, value=steps, label="Steps"),
+        several(scales, value=scales, label="Guidance scales", visible=bool(demo.names)),
+    ]
+    _run_below(demo, "Sweep", run, inputs, [_image("sweep")])
+
+
+TABS: dict[str, Callable[[Demo, Sequence[Component]], None]] = {"One picture": picture_tab, "Sweep": sweep_tab}
+
+
+def _image(style: str, height: str | None = None) -> gr.Image:
+    """A picture that is downloaded as a PNG of the very pixels."""
+    return gr.Image(
+        show_label=False,
+        format="png",
+        height=height,
+        buttons=["download", "fullscreen"],
+        elem_classes=style,
+        render=False,
+    )
+
+
+def _run_below(
+    demo: Demo,
+    title: str,
+    run: Callable[..., Iterator[Sequence[Any]]],
+    inputs: Sequence[Component],
+    outputs: Sequence[Component],
+) -> None:
+    """Buttons that start and stop a run, its progress, and its outputs. Of the whole page, one run goes at a time.
+
+    Args:
+        demo: what is stopped.
+        title: of the first button.
+        run: inputs -> progress and outputs, again and again; its ValueErrors are shown as messages.
+        inputs: on the page already.
+        outputs: not rendered yet.
+    """
+
+    def guarded(*values: Any) -> Iterator[Sequence[Any]]:
+        demo.stop.clear()
+        try:
+            yield from run(*values)
+        except Stopped:
+            yield [_progress(0, "stopped"), *(gr.skip() for _ in outputs)]
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    with gr.Row():
+        start = gr.Button(title, variant="primary", min_width=120)
+        stop = gr.Button("Stop", min_width=120)
+    progress = gr.HTML(_progress(0, "ready"))
+    for output in outputs:
+        output.render()
+    start.click(
+        guarded,
+        inputs,
+        [progress, *outputs],
+        concurrency_id="sampling",
+        show_progress="minimal",
+        show_progress_on=progress,
+        api_visibility="private",
+    )
+    stop.click(demo.stop.set, queue=False, api_visibility="private")
+
+
+def _progress(done: float, words: str) -> str:
+    return f'<progress value="{done:.3f}"></progress> {words}'

@@ -1,0 +1,200 @@
+"""The page of app.py shows what `sample_images` draws and sample.py writes; it is used here in Chromium."""
+
+import io
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffit import load_model, sample_images
+from diffit.cli.app import parse_app
+from diffit.cli.sample import parse_sample
+from diffit.sampling.folder import draw_grid
+from diffit.sampling.generate import generate
+from tests.conftest import ROOT
+from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae
+
+demo = pytest.importorskip("diffit.demo", reason="needs Gradio")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+
+
+def written(command, folder, monkeypatch):
+    """The PNG that a command line of sample.py writes, as the page says where."""
+    python, script, *flags = shlex.split(command)
+    assert (python, script) == ("python", "sample.py")
+    monkeypatch.chdir(folder)
+    generate(parse_sample([*flags, "--device", "cpu"]))
+    return np.asarray(Image.open(folder / "logs/app/png/000000.png"))
+
+
+@pytest.mark.parametrize("kind", ["latent", "image", "without classes"])
+def test_the_command_line_makes_the_same_picture(kind, tmp_path, monkeypatch):
+    if kind == "latent":
+        path = save_small_checkpoint(tmp_path, save_small_vae(tmp_path / "vae"))
+        fields = [2, 5, "ddim", "power_cosine", "4", 2.5]
+    else:
+        path = save_small_image_checkpoint(tmp_path, num_classes=0 if kind == "without classes" else 3)
+        fields = [1, 5, "heun", "constant", " 3 ", 2.5]
+    page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
+    settings = demo.read_settings(page, *fields)
+    frames = list(demo.denoise(page, settings))
+    assert frames[-1].done == 1
+    assert [frame.words for frame in frames[:1]] == [f"step 1 of {fields[4].strip()}"]
+    picture = written(demo.command(page, settings), tmp_path, monkeypatch)
+    np.testing.assert_array_equal(frames[-1].image.squeeze(), picture)
+
+
+def test_class_names_that_name_no_class_become_numbers():
+    names = ["crane", "Owl", "Crane", "7"]
+    assert [demo._label_text(label, names) for label in range(4)] == ["crane", "Owl", "2", "3"]
+
+
+def test_closing_the_frames_stops_the_sampling(tmp_path):
+    """The thread is at most a step behind; 1000 steps of it would take seconds."""
+    import threading
+
+    path = save_small_checkpoint(tmp_path, save_small_vae(tmp_path / "vae"))
+    page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
+    frames = demo.denoise(page, demo.read_settings(page, 0, 0, "ddpm", "auto", "1000", 2))
+    assert next(frames).words == "step 1 of 1000"
+    (thread,) = [thread for thread in threading.enumerate() if "work" in thread.name]
+    frames.close()
+    thread.join(timeout=1)
+    assert not thread.is_alive()
+
+
+def test_a_port_in_use_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match=r"port \d+ of 127\.0\.0\.1 cannot be used: choose another with --port"):
+            demo.serve(parse_app(["--port", str(taken.getsockname()[1]), "--device", "cpu"]))
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """Where app.py serves the bundled model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path_factory.mktemp("cwd")) as process:
+        line = process.stdout.readline()
+        yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 800), (390, 844)], ids=["desktop", "phone"])
+def page(browser, url, request):
+    """The page. In the end it logged no error, asked nothing of other hosts, and is no wider than the screen."""
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(30_000)
+    errors, asked = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda sent: asked.append(sent.url))
+    page.goto(url)
+    yield page
+    assert errors == []
+    assert [address for address in asked if not address.startswith((url, "data:", "blob:"))] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def wait_for(page, words):
+    page.locator(".html-container:visible", has_text=re.compile(words)).wait_for()
+
+
+def press(page, name):
+    """Click when the page has also dealt with the end of what ran before, a moment after it shows it."""
+    page.wait_for_timeout(300)
+    page.get_by_role("button", name=name).click()
+
+
+def image_of(page, style):
+    """The pixels that the page shows."""
+    response = page.request.get(page.locator(f".{style} img").get_attribute("src"))
+    return Image.open(io.BytesIO(response.body()))
+
+
+def test_a_picture_step_by_step(page, tmp_path, monkeypatch):
+    page.get_by_label("Class").click()
+    page.get_by_role("option", name="Ankle boot").click()
+    page.get_by_label("Seed").fill("3")
+    page.get_by_label("Sampler").click()
+    page.get_by_role("option", name="ddim").click()
+    page.get_by_label("Steps").fill("60")
+    page.get_by_label("Guidance scale").fill("2.5")
+    press(page, "Generate")
+    wait_for(page, r"step \d+ of 60")
+    wait_for(page, "done in")
+    model, config = load_model("Diffit-Fashion")
+    images, _ = sample_images(
+        model, config, 1, seed=3, class_labels="Ankle boot", sampler="ddim", num_sampling_steps=60, cfg_scale=2.5
+    )
+    np.testing.assert_array_equal(np.asarray(image_of(page, "picture")), images[0, :, :, 0])
+    with page.expect_download() as download:
+        page.locator(".picture").get_by_label("Download").click()
+    np.testing.assert_array_equal(np.asarray(Image.open(download.value.path())), images[0, :, :, 0])
+    command = page.locator(".command textarea").input_value()
+    np.testing.assert_array_equal(written(command, tmp_path, monkeypatch), images[0, :, :, 0])
+
+
+def test_stop_and_refusals(page):
+    page.get_by_label("Steps").fill("1000")
+    press(page, "Generate")
+    wait_for(page, r"step \d+ of 1000")
+    press(page, "Stop")
+    wait_for(page, "stopped")
+    for label, text, words in (
+        ("Steps", "5000", "cannot take 5000 steps out of a section of 1000 timesteps"),
+        ("Seed", "-1", "the seed must be between 0 and 2^64 - 1, not -1"),
+        ("Guidance scale", "-2", "the guidance scale must be a number of at least 0, not -2"),
+    ):
+        field = page.get_by_label(label, exact=True)
+        field.fill(text)
+        press(page, "Generate")
+        page.get_by_text(words).wait_for()
+        field.fill("2")
+    press(page, "Generate")
+    wait_for(page, "done in")
+
+
+def test_sweep(page):
+    page.get_by_role("tab", name="Sweep").click()
+    for label in ("Steps", "Guidance scales"):
+        field = page.get_by_role("tabpanel").get_by_label(label, exact=True)
+        field.click()
+        for _ in range(2):
+            field.press("Backspace")
+        field.press("Escape")
+    press(page, "Sweep")
+    wait_for(page, "^ *done$")
+    model, config = load_model("Diffit-Fashion")
+    cells = [(scale, steps) for scale in (1, 1.5) for steps in (5, 10)]
+    images = [
+        sample_images(model, config, 1, class_labels=0, num_sampling_steps=steps, cfg_scale=scale)[0][0]
+        for scale, steps in cells
+    ]
+    expected = draw_grid(images, [f"s = {scale}, {steps} steps" for scale, steps in cells], columns=2)
+    np.testing.assert_array_equal(np.asarray(image_of(page, "sweep")), np.asarray(expected))
