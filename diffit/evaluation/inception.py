@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _SPATIAL_CHANNELS = 7
-_CPU_IMAGES = 16  # at a time, on a CPU
+_IMAGES_PER_THREAD = 4  # at a time, on a CPU
 
 
 def load_features(path: Path, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
@@ -58,7 +58,8 @@ def load_features(path: Path, device: torch.device) -> Callable[[Tensor], tuple[
         return pool, logits.softmax(dim=1), spatial
 
     def extract(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pieces = [run(piece) for piece in images.split(_CPU_IMAGES if device.type == "cpu" else len(images))]
+        at_once = _IMAGES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else len(images)
+        pieces = [run(piece) for piece in images.split(at_once)]
         pool, probabilities, spatial = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         return pool, probabilities, spatial
 

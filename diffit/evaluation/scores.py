@@ -162,7 +162,7 @@ def load_reference(
     manifold: also the features of its images, for precision and recall. Call it once and keep the result.
 
     Raises:
-        FileNotFoundError, ValueError: see `ImageFile`; ValueError also if stored statistics do not fit together.
+        FileNotFoundError, ValueError: see `ImageFile`.
     """
     file = ImageFile(path)
     stored, spatial = _stored(file, "mu", "sigma", backend), _stored(file, "mu_s", "sigma_s", backend)
@@ -207,9 +207,4 @@ def _stored(file: ImageFile, mean_name: str, covariance_name: str, backend: Back
     mean, covariance = file.array(mean_name), file.array(covariance_name)
     if mean is None or covariance is None:
         return None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"{file.path}: {mean_name} {list(mean.shape)} and {covariance_name} {list(covariance.shape)} do not fit "
-            "together: make the reference again"
-        )
     return mean.astype(np.float64), covariance.astype(np.float64)

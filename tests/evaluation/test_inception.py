@@ -82,7 +82,7 @@ def test_converted_weights_are_the_same(graph, tmp_path):
 
 @needs_torch_fidelity
 def test_features_are_those_of_the_network_as_it_comes(graph, tmp_path):
-    """Folded, channels-last and in pieces (17 images make two), they equal torch-fidelity's own to rounding."""
+    """Folded, channels-last and in pieces, they equal torch-fidelity's own to rounding."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.save(load_state(graph), tmp_path / "converted.pth")
