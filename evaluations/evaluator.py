@@ -1,6 +1,7 @@
 """Score samples as ADM does: python evaluations/evaluator.py REFERENCE.npz SAMPLES.npz
 
-Prints Inception Score, FID, sFID, Precision and Recall. Under torchrun the ranks share the images.
+Prints Inception Score, FID, sFID, Precision and Recall. Without arguments: of the newest samples; those of the bundled
+model are compared with a bundled reference, beside real images. Under torchrun the ranks share the images.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from diffit.device import resolve_device
 from diffit.distributed import World, start, stop
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
 from diffit.evaluation.evaluate import evaluate, self_test
-from diffit.evaluation.features import create_backend
+from diffit.evaluation.features import Backend, create_backend
 
 _PROJECT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +28,7 @@ def boolean(text: str) -> bool:
 
 def add_backend_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that choose features."""
-    parser.add_argument("--backend", choices=("torch", "tensorflow"), default="torch", help="default: torch")
+    parser.add_argument("--backend", choices=("torch", "tensorflow"), help="of Inception (default: torch)")
     parser.add_argument("--weights", type=Path, help="Inception weights (.pb or .pth); default: the cache, or fetched")
     parser.add_argument(
         "--features", metavar="MODULE:FILE", help="a classifier instead of Inception, see docs/evaluate.md"
@@ -38,13 +39,15 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", nargs="?", type=Path, help="default: ADM's for 256 or 512 pixels, fetched once")
+    parser.add_argument(
+        "reference", nargs="?", type=Path, help="default: bundled (Fashion-MNIST) or ADM's, fetched once"
+    )
     parser.add_argument("samples", nargs="?", type=Path, help="default: the newest samples_*.npz under --log_dir")
     parser.add_argument(
         "--log_dir", type=Path, help="where samples are looked for (default: logs/ here, else of the project)"
     )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
-    parser.add_argument("--pr_fp16", type=boolean, default=False, help="precision/recall in ADM's half precision")
+    parser.add_argument("--pr_fp16", type=boolean, default=True, help="False: exact precision and recall, not ADM's")
     parser.add_argument("--self_test", action="store_true", help="score ADM's public pair and compare with its README")
     add_backend_flags(parser)
     return parser.parse_args(arguments)
@@ -61,9 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
         if args.self_test:
             files = cached(REFERENCES[256]), cached(SELF_TEST_SAMPLES)
         log_dirs = [args.log_dir] if args.log_dir else [Path("logs"), _PROJECT / "logs"]
-        choices = (args.backend, args.weights, args.features, device)
+        chosen = args.backend or args.weights or args.features
+
+        def make_backend(features: str | None) -> Backend:
+            return create_backend(args.backend or "torch", args.weights, features or args.features, device)
+
         scores = evaluate(
-            *files, lambda: create_backend(*choices), world, args.batch_size, args.pr_fp16, args.json, log_dirs
+            *files, make_backend, world, args.batch_size, args.pr_fp16, args.json, log_dirs, may_choose=not chosen
         )
         return 0 if not args.self_test or self_test(scores) else 1
     except (ValueError, FileNotFoundError) as error:

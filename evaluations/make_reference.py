@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.out.suffix != ".npz":
             raise ValueError(f"{args.out} must end in .npz")
         source = open_source(args.source, args.image_size, args.data_root, args.padding)
-        backend = create_backend(args.backend, args.weights, args.features, resolve_device(args.device))
+        backend = create_backend(args.backend or "torch", args.weights, args.features, resolve_device(args.device))
         make_reference(source, args.out, backend, args.num_images, args.seed, args.batch_size)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

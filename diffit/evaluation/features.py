@@ -12,12 +12,11 @@ Letters: B images of a batch, D features, K classes, S spatial features.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
+import re
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,29 +107,19 @@ def _classifier(spec: str, device: torch.device) -> Backend:
         raise ValueError(f"--features {spec}: write MODULE:CHECKPOINT, as in my_classifier.py:weights.safetensors")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--features {spec}: the checkpoint {path} does not exist")
-    load_features = getattr(_import(module_name), "load_features", None)
-    if load_features is None:
-        raise ValueError(f"--features {spec}: {module_name} has no function load_features(path, device)")
-    name = f"{Path(module_name).stem}-{sha256(Path(path))[:12]}"
-    return Backend(name, device, load_features(Path(path), device))
-
-
-def _import(name: str) -> ModuleType:
-    """An importable module, or a .py file."""
     try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        if not Path(name).is_file():
-            raise ValueError(f"--features: the module {name} does not exist")
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses of the module look themselves up there
-        spec.loader.exec_module(module)
-        return module
+        if not module_name.endswith(".py"):
+            members = vars(importlib.import_module(module_name))
+        elif Path(module_name).is_file():
+            members = runpy.run_path(module_name)
+        else:
+            raise ValueError(f"--features: the module {module_name} does not exist")
     except ModuleNotFoundError as error:
-        raise ValueError(f"--features: the module {name} cannot be imported ({error})") from error
+        raise ValueError(f"--features: the module {module_name} cannot be imported ({error})") from error
+    if "load_features" not in members:
+        raise ValueError(f"--features {spec}: {module_name} has no function load_features(path, device)")
+    name = re.split(r"[./\\]", module_name.removesuffix(".py"))[-1]
+    return Backend(f"{name}-{sha256(Path(path))[:12]}", device, members["load_features"](Path(path), device))
 
 
 def _inception_weights(kind: str, weights: str | Path | None) -> Path:

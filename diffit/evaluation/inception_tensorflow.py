@@ -6,10 +6,10 @@ TensorFlow lives in a process of its own, to which batches are sent.
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +31,21 @@ def load_features(path: Path, device: device) -> Callable[[Tensor], list[NDArray
     features [B, 2023].
 
     Raises:
-        ValueError: if the file is not the graph.
+        ValueError: if the file is not the graph, or the worker process cannot start.
         ModuleNotFoundError: without TensorFlow.
     """
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ModuleNotFoundError("tensorflow is not installed", name="tensorflow")
     worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    started = worker.submit(_start, path)
     try:
-        worker.submit(_start, path).result()
+        started.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "the process that runs TensorFlow ended at its start. It imports the script that started it: do the work "
+            'of the script under `if __name__ == "__main__":` (if it is there, see TensorFlow\'s own message above)'
+        ) from error
+    except ModuleNotFoundError:
+        worker.shutdown()
+        raise
     except Exception as error:  # whatever TensorFlow raises for a graph that it cannot read
         worker.shutdown()
         raise ValueError(f"{path} is not the Inception graph of 2015 ({error}): fetch it again") from error

@@ -37,27 +37,32 @@ def manifold_radii(features: Any, k: int = 3, fp16: bool = False, progress: bool
     Raises:
         ValueError: if k is not below N.
     """
-    return _radii(_points(features), k, fp16, progress).cpu().numpy()
+    return _radii(torch.as_tensor(features).float(), k, fp16, progress).cpu().numpy()
 
 
 def precision_recall(
-    reference: Any, samples: Any, k: int = 3, fp16: bool = False, progress: bool = False
+    reference: Any, samples: Any, k: int = 3, fp16: bool = False, progress: bool = False, reference_radii: Any = None
 ) -> PrecisionRecall:
     """Precision and recall of samples [N, D] against reference features [M, D] (arrays or tensors on one device).
 
     A point is inside a ball if its squared distance is at most the radius. fp16 does as ADM's TensorFlow code: a block
-    of distances is computed in half precision wherever that stays finite, which moves both numbers by up to 0.0025.
+    of distances is computed in half precision wherever that stays finite; neighbours that nearly tie then change, by so
+    much that both numbers may differ by tenths. reference_radii: those of the reference [M], if they are known already.
 
     Raises:
         ValueError: if the sets have different D, or k is not below N and M.
     """
-    a, b = _points(reference), _points(samples)
+    a, b = torch.as_tensor(reference).float(), torch.as_tensor(samples).float()
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"reference has {a.shape[1]} features and samples have {b.shape[1]}: use the same backend")
     if not fp16:  # moving both sets together changes no distance, and keeps the digits of |a|² - 2ab + |b|²
         centre = a.mean(dim=0)
         a, b = a - centre, b - centre
-    radii_a, radii_b = _radii(a, k, fp16, progress, "reference radii"), _radii(b, k, fp16, progress, "sample radii")
+    radii_b = _radii(b, k, fp16, progress, "sample radii")
+    if reference_radii is None:
+        radii_a = _radii(a, k, fp16, progress, "reference radii")
+    else:
+        radii_a = torch.as_tensor(reference_radii).to(a.device)
     a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
     pairs = [(i, j) for i in _blocks(len(a), fp16) for j in _blocks(len(b), fp16)]
@@ -66,10 +71,6 @@ def precision_recall(
         a_inside[i] |= (distances <= radii_b[j]).any(dim=1)
         b_inside[j] |= (distances <= radii_a[i, None]).any(dim=0)
     return PrecisionRecall(b_inside.double().mean().item(), a_inside.double().mean().item())
-
-
-def _points(features: Any) -> Tensor:
-    return torch.as_tensor(features).float()
 
 
 def _blocks(count: int, fp16: bool) -> Iterator[slice]:

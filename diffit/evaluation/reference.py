@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,65 +39,50 @@ def find_reference(samples: ImageFile) -> Path:
     return cached(REFERENCES[height])
 
 
+@dataclass(frozen=True)
 class ImageSource:
-    """Images by number, all of one shape.
+    """Images by number, all of one shape."""
 
-    Args:
-        count: N.
-        read: number -> picture.
-        image_size: side to which images are cropped and resized; None leaves them as they are.
-        padding: black pixels added on every side afterwards.
-
-    Raises:
-        ValueError: if there are none.
-    """
-
-    def __init__(self, count: int, read: Callable[[int], Image.Image], image_size: int | None, padding: int) -> None:
-        if not count:
-            raise ValueError("the source holds no images (.png, .jpg, .webp or .bmp)")
-        self.count, self._read, self._size, self._padding = count, read, image_size, padding
-        self.image_shape = self[0].shape
-
-    def __getitem__(self, number: int) -> Images:
-        """Image [H, W, 1 or 3].
-
-        Raises:
-            ValueError: if it cannot be read, or its shape is not that of the first.
-        """
-        try:
-            picture = self._read(number)
-            picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
-            if self._size is not None:
-                picture = centre_crop(picture, self._size)
-            pixels = np.array(picture, np.uint8)
-        except OSError as error:
-            raise ValueError(f"image {number} of the source cannot be read ({error}): remove or replace it") from error
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
-        pixels = np.pad(pixels, ((self._padding,) * 2, (self._padding,) * 2, (0, 0)))
-        if number and pixels.shape != self.image_shape:
-            raise ValueError(
-                f"image {number} of the source is {pixels.shape} and the first is {self.image_shape}: "
-                "give --image_size to bring all to one size"
-            )
-        return pixels
-
-    def batches(self, size: int) -> Iterator[Images]:
-        """All images as [B, H, W, C]."""
-        for first in range(0, self.count, size):
-            yield np.stack([self[number] for number in range(first, min(first + size, self.count))])
+    count: int
+    image_shape: tuple[int, ...]
+    read: Callable[[int], Images]  # number -> image [H, W, 1 or 3]
 
 
 def open_source(name: str, image_size: int | None = None, root: str = "data", padding: int = 0) -> ImageSource:
     """The data set that a name means: a folder (with subfolders), a .zip, an .npz, or 'torchvision:CIFAR10'.
 
-    root: where torchvision keeps its data sets, to which it downloads missing ones.
+    image_size: side to which images are cropped and resized, None leaves them as they are; padding: black pixels that
+    are then added on every side; root: where torchvision keeps its data sets, to which it downloads missing ones.
 
     Raises:
-        ValueError: if there is no such data set, or it holds no images.
+        ValueError: if there is no such data set, it holds no images, or (from `read`) one that does not fit the first.
         FileNotFoundError: if a file is not there, or cannot be downloaded.
     """
-    count, read = _pictures(name, root)
-    return ImageSource(count, read, image_size, padding)
+    count, open_picture = _pictures(name, root)
+    if not count:
+        raise ValueError("the source holds no images (.png, .jpg, .webp or .bmp)")
+
+    def pixels(number: int) -> Images:
+        try:
+            picture = open_picture(number)
+            picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+            found = np.array(picture if image_size is None else centre_crop(picture, image_size), np.uint8)
+        except OSError as error:
+            raise ValueError(f"image {number} of the source cannot be read ({error}): remove or replace it") from error
+        return np.pad(found.reshape(*found.shape[:2], -1), ((padding,) * 2, (padding,) * 2, (0, 0)))
+
+    shape = pixels(0).shape
+
+    def read(number: int) -> Images:
+        found = pixels(number)
+        if found.shape != shape:
+            raise ValueError(
+                f"image {number} of the source is {found.shape} and the first is {shape}: give --image_size to bring "
+                "all to one size"
+            )
+        return found
+
+    return ImageSource(count, shape, read)
 
 
 def _pictures(name: str, root: str) -> tuple[int, Callable[[int], Image.Image]]:
@@ -145,7 +131,9 @@ def make_reference(source: ImageSource, out: Path, backend: Backend, num_images:
 
     The file appears under its name when whole.
     """
-    found = collect(source.batches(batch), backend, source.count)
+    numbers = range(source.count)
+    batches = (np.stack([*map(source.read, numbers[i : i + batch])]) for i in range(0, source.count, batch))
+    found = collect(batches, backend, source.count)
     arrays: dict[str, NDArray] = {"mu": found.moments.mean, "sigma": found.moments.covariance()}
     if found.spatial.count:
         arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance()}
@@ -158,5 +146,5 @@ def make_reference(source: ImageSource, out: Path, backend: Backend, num_images:
                 member.write(array.tobytes())
         with npz_member(archive, "arr_0", np.dtype(np.uint8), (len(chosen), *source.image_shape)) as member:
             for number in tqdm(chosen, "storing images", leave=False):
-                member.write(source[number].tobytes())
+                member.write(source.read(number).tobytes())
     os.replace(temporary, out)

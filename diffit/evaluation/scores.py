@@ -18,21 +18,25 @@ from tqdm import tqdm
 
 from diffit.distributed import World, on_main
 from diffit.evaluation.features import INCEPTION, Backend
-from diffit.evaluation.manifold import precision_recall
+from diffit.evaluation.manifold import manifold_radii, precision_recall
 from diffit.evaluation.reader import ImageFile, Images
 from diffit.evaluation.statistics import Floats, Moments, frechet_distance, inception_score
+
+Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The five numbers of ADM; None where a backend has no spatial features, or the manifold was left out."""
+    """The five numbers of ADM; None where a backend has no spatial features, or precision and recall were left out."""
 
     inception_score: float
     fid: float
     sfid: float | None
-    precision: float | None
+    precision: float | None  # with distances in half precision, as in ADM, and so in published numbers
     recall: float | None
     count: int  # N, the samples they are of
+    precision_exact: float | None = None  # with distances in float32
+    recall_exact: float | None = None
 
 
 @dataclass
@@ -51,8 +55,9 @@ class Reference:
 
     mean: Floats  # [D]
     covariance: Floats  # [D, D]
-    spatial: tuple[Floats, Floats] | None  # mean [S] and covariance [S, S]
+    spatial: Gaussian | None  # mean [S] and covariance [S, S]
     pool: NDArray[np.float32] | None  # [M, D], for precision and recall
+    radii: NDArray[np.float32] | None  # [2, M] of pool, as `manifold_radii` has them: in ADM's arithmetic, and exact
     origin: tuple[str, ...]
 
 
@@ -111,39 +116,42 @@ def _gather(mine: Collected) -> Collected:
 
 
 def score_images(
-    batches: Iterable[Images],
-    reference: Reference,
-    backend: Backend,
-    manifold: bool = True,
-    pr_fp16: bool = False,
-    total: int | None = None,
+    batches: Iterable[Images], reference: Reference, backend: Backend, manifold: bool = True, total: int | None = None
 ) -> Scores:
     """Scores of images against a reference that was loaded with the same backend.
 
     batches: this rank's share, uint8 [B, H, W, C] in any batch sizes; manifold: also precision and recall, whose
-    cost grows with N²; pr_fp16: those in ADM's half precision; total: images of this rank, shows progress bars.
+    cost grows with N²; total: images of this rank, shows progress bars.
 
     Raises:
         ValueError: if there are no images, or reference and samples do not fit.
     """
     found = collect(batches, backend, total, "sample features")
-    return on_main(_world(), lambda: _scores(found, reference, backend.device, manifold, pr_fp16, total is not None))
+    return on_main(_world(), lambda: compare(found, reference, backend.device, manifold, total is not None))
 
 
-def _scores(
-    found: Collected, reference: Reference, device: torch.device, manifold: bool, pr_fp16: bool, progress: bool
+def compare(
+    found: Collected, reference: Reference, device: torch.device, manifold: bool = True, progress: bool = False
 ) -> Scores:
+    """Scores of collected features, on rank 0; see `score_images`."""
     names = ("reference", "samples")
-    fid = frechet_distance(reference.mean, reference.covariance, found.moments.mean, found.moments.covariance(), names)
-    sfid = precision = recall = None
+    moments = found.moments.mean, found.moments.covariance()
+    fid = frechet_distance(reference.mean, reference.covariance, *moments, names)
+    sfid: float | None = None
     if found.spatial.count and reference.spatial is not None:
         sfid = frechet_distance(*reference.spatial, found.spatial.mean, found.spatial.covariance(), names)
+    adm: tuple[float, float] | tuple[None, None] = (None, None)
+    exact = adm
     if manifold:
-        if reference.pool is None:
+        if reference.pool is None or reference.radii is None:
             raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
-        reference_pool, pool = (torch.from_numpy(x).to(device) for x in (reference.pool, found.pool))
-        precision, recall = precision_recall(reference_pool, pool, fp16=pr_fp16, progress=progress)
-    return Scores(inception_score(found.probabilities), fid, sfid, precision, recall, found.moments.count)
+        real, pool = (torch.from_numpy(features).to(device) for features in (reference.pool, found.pool))
+        adm, exact = (
+            precision_recall(real, pool, fp16=fp16, progress=progress, reference_radii=radii)
+            for fp16, radii in zip((True, False), reference.radii, strict=True)
+        )
+    score = inception_score(found.probabilities)
+    return Scores(score, fid, sfid, adm[0], adm[1], found.moments.count, exact[0], exact[1])
 
 
 def load_reference(
@@ -154,37 +162,44 @@ def load_reference(
     manifold: also the features of its images, for precision and recall. Call it once and keep the result.
 
     Raises:
-        FileNotFoundError, ValueError: see `ImageFile`; ValueError also if stored statistics do not fit together.
+        FileNotFoundError, ValueError: see `ImageFile`.
     """
     file = ImageFile(path)
-    stored, spatial_stored = _stored(file, "mu", "sigma", backend), _stored(file, "mu_s", "sigma_s", backend)
+    stored, spatial = _stored(file, "mu", "sigma", backend), _stored(file, "mu_s", "sigma_s", backend)
     found: Collected | None = None
-    if manifold or stored is None or (spatial_stored is None and backend.name == INCEPTION):
+    if manifold or stored is None or (spatial is None and backend.name == INCEPTION):
         start, stop = share(file.count)
         batches = file.batches(batch_size, start, stop)
         found = collect(batches, backend, stop - start if progress else None, "reference features")
-    origin: list[str] = []
-
-    def chosen(score: str, names: str, kept: tuple[Floats, Floats] | None, own: Moments) -> tuple[Floats, Floats]:
-        if kept is not None:
-            origin.append(f"{score}: statistics stored in {file.path.name} ({names}), of its whole data set")
-            return kept
-        origin.append(f"{score}: statistics of the {file.count} images of {file.path.name}")
-        return own.mean, own.covariance()
 
     def reference() -> Reference:
+        images = f"the {file.count} images of {file.path.name}"
+        origin = []
+
+        def chosen(score: str, names: str, kept: Gaussian | None, own: Moments) -> Gaussian:
+            whole = f"stored in {file.path.name} ({names}), of its whole data set"
+            origin.append(f"{score}: statistics {whole if kept else f'of {images}'}")
+            return kept or (own.mean, own.covariance())
+
         own, own_spatial = (found.moments, found.spatial) if found else (Moments(), Moments())
-        moments, spatial = chosen("FID", "mu, sigma", stored, own), None
-        if spatial_stored is not None or own_spatial.count:
-            spatial = chosen("sFID", "mu_s, sigma_s", spatial_stored, own_spatial)
+        moments, has_spatial = chosen("FID", "mu, sigma", stored, own), spatial or own_spatial.count
+        spatial_moments = chosen("sFID", "mu_s, sigma_s", spatial, own_spatial) if has_spatial else None
         if manifold:
-            origin.append(f"Precision, Recall: the {file.count} images of {file.path.name}")
-        return Reference(*moments, spatial, found.pool if manifold and found else None, tuple(origin))
+            origin.append(f"Precision, Recall: {images}")
+        pool = found.pool if manifold and found else None
+        radii = None if pool is None else both_radii(pool, backend.device, progress)
+        return Reference(*moments, spatial_moments, pool, radii, tuple(origin))
 
     return on_main(_world(), reference)
 
 
-def _stored(file: ImageFile, mean_name: str, covariance_name: str, backend: Backend) -> tuple[Floats, Floats] | None:
+def both_radii(pool: NDArray[np.float32], device: torch.device, progress: bool = False) -> NDArray[np.float32]:
+    """Radii [2, M] of features [M, D]: in ADM's half precision, and exact."""
+    points = torch.from_numpy(pool).to(device)
+    return np.stack([manifold_radii(points, fp16=fp16, progress=progress) for fp16 in (True, False)])
+
+
+def _stored(file: ImageFile, mean_name: str, covariance_name: str, backend: Backend) -> Gaussian | None:
     """Moments stored in a file, if they are of this backend's features. ADM's files do not say whose they are."""
     features = file.array("features")
     if (INCEPTION if features is None else str(features)) != backend.name:
@@ -192,9 +207,4 @@ def _stored(file: ImageFile, mean_name: str, covariance_name: str, backend: Back
     mean, covariance = file.array(mean_name), file.array(covariance_name)
     if mean is None or covariance is None:
         return None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"{file.path}: {mean_name} {list(mean.shape)} and {covariance_name} {list(covariance.shape)} do not fit "
-            "together: make the reference again"
-        )
     return mean.astype(np.float64), covariance.astype(np.float64)

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-JUDGE = "tools/fashion/judge.py:tools/fashion/judge.safetensors"
+WEIGHTS = "diffit/bundled/fashion_classifier.safetensors"
+CLASSIFIER = f"diffit.evaluation.fashion:{WEIGHTS}"
 
 
 @pytest.fixture(scope="session")

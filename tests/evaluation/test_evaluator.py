@@ -11,14 +11,15 @@ import pytest
 
 from diffit.evaluation import downloads
 from diffit.evaluation.features import create_backend
+from diffit.evaluation.manifold import precision_recall
 from diffit.evaluation.scores import load_reference, score_images
 from diffit.evaluation.statistics import frechet_distance, inception_score
 from evaluations.evaluator import main as evaluator_main
 from evaluations.make_reference import main as make_reference
 from tests.conftest import ROOT
-from tests.evaluation.conftest import JUDGE
+from tests.evaluation.conftest import CLASSIFIER, WEIGHTS
 
-FEATURES = ["--features", JUDGE, "--device", "cpu"]
+FEATURES = ["--features", CLASSIFIER, "--device", "cpu"]
 
 
 def run(*command, cwd=ROOT, **environment):
@@ -33,8 +34,8 @@ def evaluator(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def expected(pictures):
-    """Scores of the fixture's files, from the judge's features by direct formulas."""
-    backend = create_backend(features=str(ROOT / "tools/fashion/judge.py") + ":" + str(ROOT / JUDGE.split(":")[1]))
+    """Scores of the fixture's files, from the classifier's features by direct formulas."""
+    backend = create_backend(features=f"{ROOT / 'diffit/evaluation/fashion.py'}:{ROOT / WEIGHTS}")
     features = backend(pictures)
     reference, samples = features.pool[:100].astype(float), features.pool[100:].astype(float)
     moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (reference, samples)]
@@ -48,9 +49,10 @@ def expected(pictures):
 def test_the_command(files, tmp_path, expected):
     done = evaluator(*files, *FEATURES, "--json", tmp_path / "scores.json")
     assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()[-4:]] == [
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[-5:]] == [
         "Inception Score",
         "FID",
+        "sFID",
         "Precision",
         "Recall",
     ]
@@ -63,6 +65,32 @@ def test_the_command(files, tmp_path, expected):
         assert f"{warning}" in done.stderr
 
 
+_CROWDED = """
+def load_features(path, device):
+    def extract(images):
+        pixels = images.float().flatten(1)[:, :64]
+        return pixels / 255 + 20, pixels[:, :10].softmax(1)
+    return extract
+"""
+
+
+def test_precision_and_recall_are_adms_unless_asked_otherwise(files, tmp_path, pictures, capsys):
+    """Around 20 half precision rounds distances to 16: both arithmetics differ visibly. The file holds both."""
+    (tmp_path / "crowded.py").write_text(_CROWDED)
+    (tmp_path / "weights").touch()
+    features = pictures.reshape(240, -1)[:, :64].astype(np.float32) / np.float32(255) + 20
+    adm, exact = (tuple(precision_recall(features[:100], features[100:], fp16=fp16)) for fp16 in (True, False))
+    assert adm != exact
+    command = [*map(str, files), "--features", f"{tmp_path / 'crowded.py'}:{tmp_path / 'weights'}", "--device", "cpu"]
+    for flags, printed in (([], adm), (["--pr_fp16", "True"], adm), (["--pr_fp16", "False"], exact)):
+        assert evaluator_main([*command, *flags, "--json", str(tmp_path / "scores.json")]) == 0
+        assert [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[-2:]] == list(printed)
+        found = json.loads((tmp_path / "scores.json").read_text())
+        assert (found["precision"], found["recall"]) == printed
+        assert (found["precision_fp16"], found["recall_fp16"]) == adm
+        assert (found["precision_exact"], found["recall_exact"]) == exact
+
+
 def test_two_processes_give_the_scores_of_one(files, tmp_path):
     alone = evaluator(*files, *FEATURES, "--json", tmp_path / "1.json", "--batch_size", "64")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -70,9 +98,9 @@ def test_two_processes_give_the_scores_of_one(files, tmp_path):
     both = run(*launcher, script, *files, *FEATURES, "--json", tmp_path / "2.json", "--batch_size", "33")
     assert alone.returncode == both.returncode == 0, both.stderr
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
-    for name in ("inception_score", "fid", "precision", "recall", "count"):
+    for name in ("inception_score", "fid", "precision", "recall", "count", "precision_exact", "recall_exact"):
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    assert both.stdout.count("FID:") == 2  # its origin and its value, from one process
+    assert both.stdout.count("\nFID:") == 2  # its origin and its value, from one process
 
 
 def error_of(capsys, *arguments):
@@ -95,7 +123,7 @@ def test_errors_are_one_sentence(files, tmp_path, monkeypatch, capsys):
     assert "absent.npz does not exist" in error_of(capsys, reference, tmp_path / "absent.npz", *FEATURES)
     assert "make it first" in error_of(capsys, reference, samples, *FEATURES, *json_file)
     assert "no function load_features" in error_of(capsys, reference, samples, "--features", f"json:{samples}")
-    assert "write MODULE:CHECKPOINT" in error_of(capsys, reference, samples, "--features", "judge.py")
+    assert "write MODULE:CHECKPOINT" in error_of(capsys, reference, samples, "--features", "classifier.py")
     assert "weights x.pb do not exist" in error_of(capsys, reference, samples, "--weights", "x.pb", "--device", "cpu")
 
 
@@ -156,7 +184,7 @@ def test_reference_from_folder_and_zip(tmp_path, pictures, expected, monkeypatch
 def test_from_training(files, expected, pictures, monkeypatch):
     """The callable: any batch sizes, a reference that is loaded once."""
     monkeypatch.chdir(ROOT)
-    backend = create_backend(features=JUDGE)
+    backend = create_backend(features=CLASSIFIER)
     reference = load_reference(files[0], backend, manifold=False)
     for cuts in ([50], [1, 2, 139]):
         scores = score_images(np.split(pictures[100:], cuts), reference, backend, manifold=False)
@@ -173,7 +201,7 @@ def test_from_training(files, expected, pictures, monkeypatch):
 def test_stored_statistics_of_other_features_are_not_used(files, pictures, monkeypatch):
     monkeypatch.chdir(ROOT)
     np.savez(files[0], arr_0=pictures[:100], mu=np.zeros(2048), sigma=np.eye(2048))  # Inception's, as ADM's files
-    reference = load_reference(files[0], create_backend(features=JUDGE), manifold=False)
+    reference = load_reference(files[0], create_backend(features=CLASSIFIER), manifold=False)
     assert reference.mean.shape == (128,)
     assert reference.origin == ("FID: statistics of the 100 images of reference.npz",)
 

@@ -5,6 +5,9 @@ PyTorch reads the weights without TensorFlow. The comparison runs where both are
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -12,10 +15,10 @@ import pytest
 import torch
 
 from diffit.evaluation.features import create_backend
-from diffit.evaluation.inception import block_names, load_state
+from diffit.evaluation.inception import block_names, fold_batch_norms, load_state
 from diffit.evaluation.scores import load_reference, score_images
 from diffit.evaluation.statistics import SingularCovarianceWarning
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, ROOT
 from tests.evaluation.random_graph import RandomInception
 
 # Not imported here: TensorFlow and PyTorch's compiler can crash in one process.
@@ -75,6 +78,44 @@ def test_converted_weights_are_the_same(graph, tmp_path):
     assert direct.pool.shape == (2, 2048)
     assert direct.spatial.shape == (2, 2023)
     np.testing.assert_allclose(direct.probabilities.sum(1), 1, rtol=1e-5)
+
+
+@needs_torch_fidelity
+def test_features_are_those_of_the_network_as_it_comes(graph, tmp_path):
+    """Folded, channels-last and in pieces, they equal torch-fidelity's own to rounding."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.save(load_state(graph), tmp_path / "converted.pth")
+    plain = FeatureExtractorInceptionV3(
+        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(tmp_path / "converted.pth")
+    )
+    mixed = []
+    plain.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: mixed.append(output))
+    images = images_of(64, 17)
+    pool, logits = plain(torch.from_numpy(images).permute(0, 3, 1, 2))
+    found = create_backend(weights=graph)(images)
+    assert found.pool.shape == (17, 2048)
+    assert relative_error(found.pool, pool.numpy()) < 1e-5
+    assert relative_error(found.spatial, mixed[0][:, :7].permute(0, 2, 3, 1).flatten(1).numpy()) < 1e-5
+    assert np.abs(found.probabilities - logits.softmax(1).numpy()).max() < 1e-5
+    fold_batch_norms(plain)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in plain.modules())
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    """TensorFlow's process imports the script that started it, which would start another one."""
+    (tmp_path / "graph.pb").write_bytes(b"")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from diffit.evaluation.features import create_backend\n"
+        f"create_backend('tensorflow', {str(tmp_path / 'graph.pb')!r})\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert 'do the work of the script under `if __name__ == "__main__":`' in last
+    assert "is not the Inception graph" not in done.stderr
 
 
 @needs_torch_fidelity

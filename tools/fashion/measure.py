@@ -1,9 +1,9 @@
-"""Measure samples of Diffit-Fashion with the judge: share judged as the class asked for, Fréchet distance to real data.
+"""Measure samples of Diffit-Fashion with the classifier: share classified as asked for, Fréchet distance to real data.
 
     python tools/fashion/measure.py logs/guided/samples_1000x32x32x1.npz logs/unguided/samples_10000x32x32x1.npz
 
-The distance is that between Gaussians fitted to the judge's features of the samples and of the real training set. The
-same numbers of the real test set and of the VAE's reconstructions of it stand beside it.
+The distance is that between Gaussians fitted to the classifier's features of the samples and of the real training set.
+The same numbers of the real test set and of the VAE's reconstructions of it stand beside it.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from judge import Judge, load_judge
 from numpy.typing import NDArray
 
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.datasets import fashion_mnist
+from diffit.evaluation.fashion import FashionClassifier, load_classifier
 from diffit.evaluation.statistics import frechet_distance
 
 
@@ -27,14 +27,16 @@ def _batches(images: NDArray[np.uint8], size: int = 500) -> Iterator[NDArray[np.
 
 
 @torch.inference_mode()
-def judged(judge: Judge, images: NDArray[np.uint8], device: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Features [N, 128] and judged classes [N] of uint8 images [N, 32, 32, 1]."""
+def classified(
+    classifier: FashionClassifier, images: NDArray[np.uint8], device: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Features [N, 128] and predicted classes [N] of uint8 images [N, 32, 32, 1]."""
     features, classes = [], []
     for batch in _batches(images):
         x = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        feature = judge.features(x)
+        feature = classifier.features(x)
         features.append(feature.double().cpu().numpy())
-        classes.append(judge.head(feature).argmax(1).cpu().numpy())
+        classes.append(classifier.head(feature).argmax(1).cpu().numpy())
     return np.concatenate(features), np.concatenate(classes)
 
 
@@ -55,15 +57,15 @@ def main() -> None:
     parser.add_argument("samples", type=Path, nargs="*", help=".npz files that sample.py wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
-    judge = load_judge(device=args.device)
-    real = judged(judge, fashion_mnist(train=True).images, args.device)[0]
+    classifier = load_classifier(device=args.device)
+    real = classified(classifier, fashion_mnist(train=True).images, args.device)[0]
     moments = real.mean(0), np.cov(real, rowvar=False)
 
     def report(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        features, classes = judged(judge, images, args.device)
+        features, classes = classified(classifier, images, args.device)
         distance = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *moments)
-        numbers = {"images": len(images), "judged_right": float((classes == labels).mean()), "frechet": float(distance)}
-        print(json.dumps({"name": name} | numbers), flush=True)
+        numbers = {"images": len(images), "classified_right": float((classes == labels).mean())}
+        print(json.dumps({"name": name} | numbers | {"frechet": float(distance)}), flush=True)
 
     test = fashion_mnist(train=False)
     report("real test set", test.images, test.labels)
