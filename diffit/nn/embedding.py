@@ -67,7 +67,7 @@ class FourierEmbedder(TimestepEmbedder):
 
     def features(self, t: Tensor) -> Tensor:
         """t: [B]. Returns [B, F] in float32."""
-        angles = 2 * math.pi * (t[:, None].float() / self.t_range) * self.frequencies  # [B, F/2]
+        angles = 2 * math.pi * (t[:, None].float() / self.t_range) * self.frequencies.float()  # [B, F/2]
         return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, F]
 
 
