@@ -92,20 +92,20 @@ class Study:
 
 
 def load_studies() -> list[Study]:
-    """All of configs/ablations, in the order of the paper.
+    """All of configs/ablations.
 
     Raises:
         ValueError: if a name stands for two variants.
     """
     studies = []
     known: dict[str, tuple[dict[str, Any], dict[str, float]]] = {}
-    for name in ("widths", "architecture", "conditioning", "time_embedding", "window"):
-        tree = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())
+    for path in sorted(STUDIES.glob("*.yaml")):
+        tree = yaml.safe_load(path.read_text())
         variants = tuple(Variant(**variant) for variant in tree.pop("variants"))
         for variant in variants:
             meaning = (variant.network, variant.times)
             if known.setdefault(variant.name, meaning) != meaning:
-                raise ValueError(f"{name}.yaml: the variant {variant.name} is another one elsewhere: rename it")
+                raise ValueError(f"{path}: the variant {variant.name} is another one elsewhere: rename it")
         studies.append(Study(variants=variants, **tree))
     return studies
 
@@ -135,17 +135,16 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     if unknown:
         choices = ", ".join(variant.name for variant in variants)
         raise ValueError(f"there is no variant '{unknown[0]}' of a network in {space} space: choose of {choices}")
+    own = next(
+        (flag for flag in flags if flag.split("=")[0].split(".")[0] in ("--network", "--seed", "--run_dir")), None
+    )
+    if own is not None:
+        raise ValueError(f"{own} is what the variants set: write another base or study in place of it")
     jobs = []
     for seed in args.seeds:
         for variant in (variant for variant in variants if variant.name in names):
-            argv = [
-                "--config",
-                str(args.base),
-                "--seed",
-                str(seed),
-                "--run_dir",
-                str(args.out / variant.name / str(seed)),
-            ]
+            folder = args.out / variant.name / str(seed)
+            argv = ["--config", str(args.base), "--seed", str(seed), "--run_dir", str(folder)]
             argv += ["--network", json.dumps(variant.settings(base["model"], network))]
             if space == "latent":  # encoded once for all
                 argv += ["--data.cache", str(args.out / "cache")]
@@ -200,9 +199,8 @@ def train_and_score(task: TrainTask, curve: bool) -> None:
         samples = draw(model, unguided, wanted.samples, wanted.batch_size, device, f"samples of step {int(name)}")
         scores[name] = open_judge(device).score(*samples) | {"held_out_loss": held_out_loss(model, found, device)}
         write_atomically(path, json.dumps(scores, indent=1).encode())
-        print(
-            f"step {int(name)}: " + ", ".join(f"{key} {value:.4g}" for key, value in scores[name].items()), flush=True
-        )
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in scores[name].items())
+        print(f"step {int(name)}: {shown}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,6 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_CODE
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
