@@ -24,6 +24,7 @@ class DiffiTConfig:
     num_classes: int = 1000
     learn_sigma: bool = True
     conditioning: str = "tmsa"
+    time_embedding: str = "positional"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class ImageDiffiTConfig:
     class_dropout_prob: float = 0.1
     num_classes: int = 0
     conditioning: str = "tmsa"
+    time_embedding: str = "positional"
+    encoder: str = "diffit"
+    decoder: str = "diffit"
 
 
 NetworkConfig = DiffiTConfig | ImageDiffiTConfig

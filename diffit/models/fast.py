@@ -232,6 +232,7 @@ class FastBlock(nn.Module):
 
     def __init__(self, block: DiffiTBlock, dtype: torch.dtype) -> None:
         super().__init__()
+        assert isinstance(block.attn, TMSA)
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.attn = FastTMSA(block.attn, dtype)
         self.fc1 = FastLinear(block.mlp.fc1, dtype, gelu=True)

@@ -10,8 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from diffit.nn.block import block_class, zero_gates
-from diffit.nn.embedding import LabelEmbedder, TimestepEmbedder
+from diffit.nn.attention import WindowAttention
+from diffit.nn.block import DiffiTBlock
+from diffit.nn.embedding import LabelEmbedder, time_embedder
+from diffit.nn.variants import block_class, zero_gates
 from diffit.nn.window import from_windows, to_windows
 
 NOISE_FEATURES = 256
@@ -69,8 +71,43 @@ class DiffiTResBlock(nn.Module):
         return from_windows(windows, *x_hat.shape[-2:]) + self.skip(x)  # Eq. 10: [B, C', s, s]
 
 
+class PlainBlock(nn.Module):
+    """A transformer block that knows nothing of DiffiT: neither convolution nor time in its attention (Table 4).
+
+    The first of a stage adds a projection of the conditioning token to all tokens: there alone the stage is told.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        head_dim: int,
+        window_size: int,
+        mlp_ratio: float,
+        cond_dim: int,
+        dropout: float,
+        first: bool,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.merge = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, kernel_size=1)
+        self.token = nn.Linear(cond_dim, out_channels) if first else None
+        num_heads = out_channels // head_dim
+        self.block = DiffiTBlock(
+            out_channels, num_heads, window_size, mlp_ratio, dropout=dropout, attention=WindowAttention
+        )
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x: [B, C, s, s]; cond: [B, E]. Returns [B, C', s, s]."""
+        x = self.merge(x)  # [B, C', s, s]
+        windows = to_windows(x, self.window_size)  # [B, W, N, C']
+        if self.token is not None:
+            windows = windows + self.token(cond)[:, None, None]
+        return from_windows(self.block(windows, cond), *x.shape[-2:])  # [B, C', s, s]
+
+
 class Stage(nn.ModuleList):
-    """The ResBlocks of one resolution."""
+    """The blocks of one resolution."""
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x: [B, C, s, s]; cond: [B, E]. Returns [B, C', s, s]."""
@@ -94,11 +131,14 @@ class ImageDiffiT(nn.Module):
         dropout: in training, inside every transformer block.
         class_dropout_prob: probability that a label becomes null in training, for classifier-free guidance.
         num_classes: the label `num_classes` is the null class; 0 makes an unconditional model.
-        conditioning: how time and class enter the blocks: tmsa, or adaln as in DiT (see `diffit.nn.block.BLOCKS`).
+        conditioning: how time and class enter the ResBlocks: tmsa, or a variant of `diffit.nn.variants.BLOCKS`.
+        time_embedding: features of the noise level: positional, or fourier (random and fixed; for EDM's c_noise).
+        encoder, decoder: stages of diffit (ResBlocks), or of plain transformer blocks to compare with (Table 4: both
+            plain is its C, a plain decoder its D).
 
     Raises:
-        ValueError: if the conditioning is unknown, the windows do not divide every resolution, or the other sizes do
-            not fit together.
+        ValueError: if one of these four is unknown or means nothing, the windows do not divide every resolution, or
+            the other sizes do not fit together.
     """
 
     def __init__(
@@ -115,28 +155,34 @@ class ImageDiffiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 0,
         conditioning: str = "tmsa",
+        time_embedding: str = "positional",
+        encoder: str = "diffit",
+        decoder: str = "diffit",
     ) -> None:
         super().__init__()
         check_sizes(input_size, channels, blocks, window_size, head_dim)
+        check_stages(encoder, decoder, conditioning)
         self.input_size = input_size
         self.in_channels = in_channels
         self.num_classes = num_classes
 
-        def stage(width_in: int, width: int, count: int) -> Stage:
+        def stage(kind: str, width_in: int, width: int, count: int) -> Stage:
             widths = [width_in] + [width] * (count - 1)
-            settings = (head_dim, window_size, mlp_ratio, cond_dim, dropout, conditioning)
-            return Stage(DiffiTResBlock(first, width, *settings) for first in widths)
+            sizes = (head_dim, window_size, mlp_ratio, cond_dim, dropout)
+            if kind == "plain":
+                return Stage(PlainBlock(wide, width, *sizes, first=i == 0) for i, wide in enumerate(widths))
+            return Stage(DiffiTResBlock(wide, width, *sizes, conditioning) for wide in widths)
 
         stages = list(zip(channels, blocks, strict=True))
         steps = list(pairwise(channels))  # (finer, coarser) widths of neighbouring stages
-        self.t_embedder = TimestepEmbedder(cond_dim, NOISE_FEATURES)
+        self.t_embedder = time_embedder(time_embedding, cond_dim, NOISE_FEATURES)
         self.y_embedder = LabelEmbedder(num_classes, cond_dim, class_dropout_prob)
         self.augment_embedder = nn.Linear(AUGMENT_LABELS, NOISE_FEATURES, bias=False)
         self.tokenizer = conv3x3(in_channels, channels[0])
-        self.encoder = nn.ModuleList(stage(C, C, count) for C, count in stages)
+        self.encoder = nn.ModuleList(stage(encoder, C, C, count) for C, count in stages)
         self.downs = nn.ModuleList(conv3x3(fine, coarse, stride=2) for fine, coarse in steps)
         self.ups = nn.ModuleList(upsample(coarse, fine) for fine, coarse in reversed(steps))
-        self.decoder = nn.ModuleList(stage(2 * C, C, count) for C, count in stages[-2::-1])  # without the last
+        self.decoder = nn.ModuleList(stage(decoder, 2 * C, C, count) for C, count in stages[-2::-1])  # without the last
         self.norm = group_norm(channels[0])
         self.head = conv3x3(channels[0], in_channels)
         self.initialize_weights()
@@ -229,3 +275,16 @@ def check_sizes(
             f"windows of {window_size}x{window_size} do not divide every resolution of a {input_size}x{input_size} "
             f"image in {len(channels)} stages: its side must be a multiple of {multiple}"
         )
+
+
+def check_stages(encoder: str, decoder: str, conditioning: str) -> None:
+    """Refuse kinds of stages that do not exist, and a conditioning that no stage would read.
+
+    Raises:
+        ValueError: see `ImageDiffiT`.
+    """
+    for name, kind in (("encoder", encoder), ("decoder", decoder)):
+        if kind not in ("diffit", "plain"):
+            raise ValueError(f"unknown {name} '{kind}': choose diffit or plain")
+    if encoder == decoder == "plain" and conditioning != "tmsa":
+        raise ValueError(f"plain stages have no conditioning '{conditioning}' in their blocks: leave it out")

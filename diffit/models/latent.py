@@ -8,8 +8,8 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from diffit.nn.block import block_class, zero_gates
-from diffit.nn.embedding import LabelEmbedder, TimestepEmbedder, sincos_position_embedding
+from diffit.nn.embedding import LabelEmbedder, sincos_position_embedding, time_embedder
+from diffit.nn.variants import block_class, zero_gates
 
 
 class FinalLayer(nn.Module):
@@ -38,11 +38,12 @@ class DiffiT(nn.Module):
         class_dropout_prob: probability that a label becomes null in training, for classifier-free guidance.
         num_classes: the label `num_classes` is the null class; 0 makes an unconditional model.
         learn_sigma: also predict the interpolation of the variance, in c further output channels.
-        conditioning: how time and class enter the blocks: tmsa, or adaln as in DiT (see `diffit.nn.block.BLOCKS`).
+        conditioning: how time and class enter the blocks: tmsa, or a variant of `diffit.nn.variants.BLOCKS`.
+        time_embedding: features of the timestep: positional, or fourier (random and fixed).
 
     Raises:
-        ValueError: if the conditioning is unknown, patch_size does not divide input_size, num_heads not hidden_size, or
-            4 not hidden_size.
+        ValueError: if conditioning or time_embedding is unknown, patch_size does not divide input_size, num_heads not
+            hidden_size, or 4 not hidden_size.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class DiffiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         conditioning: str = "tmsa",
+        time_embedding: str = "positional",
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -71,7 +73,7 @@ class DiffiT(nn.Module):
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         positions = sincos_position_embedding(hidden_size, grid)[None].to(torch.get_default_dtype())
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = time_embedder(time_embedding, hidden_size, t_range=1000)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         block = block_class(conditioning)
         self.blocks = nn.ModuleList(block(hidden_size, num_heads, grid, mlp_ratio) for _ in range(depth))

@@ -45,8 +45,8 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v  # [B, H, N, D]
 
 
-class TMSA(nn.Module):
-    """Self-attention within windows, whose queries, keys and values also depend on a conditioning token (Eq. 3-6).
+class WindowAttention(nn.Module):
+    """Self-attention within windows, with a relative position bias and no condition (Eq. 6 alone).
 
     The latent model has one window, the whole grid (W = 1); the image-space model has many.
 
@@ -54,7 +54,7 @@ class TMSA(nn.Module):
         dim: channels C of the spatial tokens.
         num_heads: heads H; must divide C.
         window_size: side w of the (square) window.
-        cond_dim: channels E of the conditioning token; C by default.
+        cond_dim: channels E of the conditioning token; C by default. Attention without a condition reads none of it.
 
     Raises:
         ValueError: if num_heads does not divide dim.
@@ -71,16 +71,40 @@ class TMSA(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.qkv_temb = nn.Linear(dim if cond_dim is None else cond_dim, 3 * dim)
+        self.add_condition(dim, dim if cond_dim is None else cond_dim)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
+    def add_condition(self, dim: int, cond_dim: int) -> None:
+        """Make the layers that read the conditioning token; here none.
+
+        Called between the others, because optimizer states and seeds know parameters by their order.
+        """
+
+    def attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """Eq. 6 of all heads. qkv: [B, W, N, 3C]; bias: [1 or B*W, H, N, N]. Returns, unprojected, [B, W, N, C]."""
+        B, W, N, _ = qkv.shape
+        q, k, v = qkv.view(B * W, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B*W, H, N, D]
+        out = self.attention(q, k, v, bias.to(q.dtype))  # [B*W, H, N, D]
+        return out.transpose(1, 2).reshape(B, W, N, -1)  # [B, W, N, C]
+
+    def position_bias(self) -> Tensor:
+        """The B of Eq. 6: [1, H, N, N]."""
+        return relative_position_bias(self.relative_position_bias_table, self.window_size)[None]
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x: tokens [B, W, N, C]; cond: conditioning token [B, E], not read. Returns [B, W, N, C]."""
+        return self.proj(self.attend(self.qkv(x), self.position_bias()))  # [B, W, N, C]
+
+
+class TMSA(WindowAttention):
+    """Attention whose queries, keys and values also depend on the conditioning token (Eq. 3-6)."""
+
+    def add_condition(self, dim: int, cond_dim: int) -> None:
+        self.qkv_temb = nn.Linear(cond_dim, 3 * dim)
+
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C]."""
-        B, W, N, C = x.shape
         qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # Eq. 3-5: [B, W, N, 3C]
-        q, k, v = qkv.view(B * W, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B*W, H, N, D]
-        bias = relative_position_bias(self.relative_position_bias_table, self.window_size)  # [H, N, N]
-        out = self.attention(q, k, v, bias.to(q.dtype)[None])  # Eq. 6: [B*W, H, N, D]
-        return self.proj(out.transpose(1, 2).reshape(B, W, N, C))  # [B, W, N, C]
+        return self.proj(self.attend(qkv, self.position_bias()))  # Eq. 6: [B, W, N, C]

@@ -41,10 +41,47 @@ class TimestepEmbedder(nn.Module):
         self.num_features = num_features
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
+    def features(self, t: Tensor) -> Tensor:
+        """t: [B]. Returns [B, F] in float32."""
+        return sinusoidal_embedding(t, self.num_features)
+
     def forward(self, t: Tensor, offset: Tensor | None = None) -> Tensor:
         """t: [B] timesteps on the original scale; offset: [B, F], added to the features. Returns [B, C]."""
-        features = sinusoidal_embedding(t, self.num_features)  # [B, F]
+        features = self.features(t)  # [B, F]
         return self.mlp(features if offset is None else features + offset)  # [B, C]
+
+
+class FourierEmbedder(TimestepEmbedder):
+    """Cosines and sines at random, fixed frequencies in place of the sinusoidal features (Table 8).
+
+    The frequencies are normal with deviation 16, as in score SDEs and EDM (Song et al. 2021, Karras et al. 2022), in
+    turns over `t_range`; they are drawn once and saved with the weights.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, num_features: int = 256, t_range: float = 1.0) -> None:
+        super().__init__(dim, num_features)
+        self.t_range = t_range
+        self.register_buffer("frequencies", 16 * torch.randn(num_features // 2))
+
+    def features(self, t: Tensor) -> Tensor:
+        """t: [B]. Returns [B, F] in float32."""
+        angles = 2 * math.pi * (t[:, None].float() / self.t_range) * self.frequencies.float()  # [B, F/2]
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, F]
+
+
+def time_embedder(kind: str, dim: int, num_features: int = 256, t_range: float = 1.0) -> TimestepEmbedder:
+    """The embedder of a kind, positional or fourier; t_range: by how much the network's times differ, about.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    if kind == "positional":
+        return TimestepEmbedder(dim, num_features)
+    if kind == "fourier":
+        return FourierEmbedder(dim, num_features, t_range)
+    raise ValueError(f"unknown time embedding '{kind}': choose positional or fourier")
 
 
 class LabelEmbedder(nn.Module):

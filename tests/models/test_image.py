@@ -12,7 +12,7 @@ from diffit import ImageDiffiT, create_model
 from diffit.models.config import ZOO
 from diffit.models.image import DiffiTResBlock
 from diffit.nn.attention import TMSA
-from diffit.nn.window import to_windows
+from diffit.nn.window import from_windows, to_windows
 from tests.small_models import count_parameters
 
 TINY = {"input_size": 16, "channels": (8, 16), "blocks": (1, 2), "window_size": 4, "head_dim": 4, "cond_dim": 12}
@@ -95,6 +95,57 @@ def test_network_written_out():
     up = F.conv2d(doubled, model.ups[1][1].weight, model.ups[1][1].bias, padding=1)
     full = model.decoder[1][0](torch.cat([up, full], 1), cond)
     torch.testing.assert_close(model(x, c_noise), model.head(model.norm(full)))
+
+
+@torch.no_grad()
+def test_plain_stages_written_out():
+    """Table 4 C: in every stage the projected token is added to all tokens once, in front of attention and MLP."""
+    model = random_model(encoder="plain", decoder="plain")
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.tensor([-1.2, 0.7])
+    cond = model.condition(c_noise, None, None, None)
+
+    def stage(x: torch.Tensor, stage: torch.nn.ModuleList) -> torch.Tensor:
+        x = x + (cond @ stage[0].token.weight.T + stage[0].token.bias)[:, :, None, None]
+        for block in (block.block for block in stage):
+            tokens = to_windows(x, 4)
+            qkv = block.attn.qkv(block.norm1(tokens))
+            tokens = tokens + block.attn.proj(block.attn.attend(qkv, block.attn.position_bias()))
+            x = from_windows(tokens + block.mlp(block.norm2(tokens)), *x.shape[2:])
+        return x
+
+    full = stage(model.tokenizer(x), model.encoder[0])
+    half = stage(model.downs[0](full), model.encoder[1])
+    joined = model.decoder[0][0].merge(torch.cat([model.ups[0](half), full], 1))
+    expected = model.head(model.norm(stage(joined, model.decoder[0])))
+    torch.testing.assert_close(model(x, c_noise), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_variants_of_encoder_and_decoder():
+    """Table 4: E and D have the same encoder, D and C the same decoder."""
+
+    def shapes(part: str, **settings: str) -> list[tuple[str, torch.Size]]:
+        return [
+            (key, value.shape) for key, value in getattr(ImageDiffiT(**TINY, **settings), part).state_dict().items()
+        ]
+
+    C, D = {"encoder": "plain", "decoder": "plain"}, {"decoder": "plain"}
+    assert shapes("encoder", **D) == shapes("encoder")
+    assert shapes("decoder", **D) == shapes("decoder", **C)
+    assert shapes("decoder", **D) != shapes("decoder")
+    assert shapes("encoder", **C) != shapes("encoder")
+
+
+@pytest.mark.parametrize("window_size", [2, 4, 8])
+@pytest.mark.parametrize(("cond_dim", "channels"), [(512, (256, 512, 512)), (256, (128, 256, 256))])
+def test_settings_of_table_3_and_figure_8(window_size, cond_dim, channels):
+    """Widths of time token and features, and the side of windows, are settings of their own."""
+    with torch.device("meta"):
+        model = create_model("ImageDiffit-CIFAR10", window_size=window_size, cond_dim=cond_dim, channels=channels)
+        assert model(torch.empty(1, 3, 32, 32), torch.empty(1)).shape == (1, 3, 32, 32)
+    for stage, width in zip(model.encoder, channels, strict=True):
+        attn = stage[0].block.attn
+        assert attn.qkv_temb.weight.shape == (3 * width, cond_dim)
+        assert attn.relative_position_bias_table.shape == ((2 * window_size - 1) ** 2, width // 64)
 
 
 @torch.no_grad()
