@@ -122,8 +122,9 @@ def create_batches(
 ) -> Iterator[Batch]:
     """This rank's share of the batches that are still to come."""
     settings = config.data
+    process = create_process(config.process_config)  # the workers' own: the network's keeps tables on the GPU
     batches = NoisyBatches(
-        data, network.num_classes, state.process, config.seed, network.class_dropout_prob, settings.augment
+        data, network.num_classes, process, config.seed, network.class_dropout_prob, settings.augment
     )
     sampler = BatchSampler(
         len(data.labels),
