@@ -14,9 +14,6 @@ from diffit.device import resolve_device
 from diffit.distributed import World, start, stop
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
 from diffit.evaluation.evaluate import evaluate, self_test
-from diffit.evaluation.features import Backend, create_backend
-
-_PROJECT = Path(__file__).resolve().parents[1]
 
 
 def boolean(text: str) -> bool:
@@ -63,14 +60,19 @@ def main(arguments: list[str] | None = None) -> int:
         files = args.reference, args.samples
         if args.self_test:
             files = cached(REFERENCES[256]), cached(SELF_TEST_SAMPLES)
-        log_dirs = [args.log_dir] if args.log_dir else [Path("logs"), _PROJECT / "logs"]
-        chosen = args.backend or args.weights or args.features
-
-        def make_backend(features: str | None) -> Backend:
-            return create_backend(args.backend or "torch", args.weights, features or args.features, device)
-
+        if args.json and not args.json.resolve().parent.is_dir():
+            raise FileNotFoundError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
         scores = evaluate(
-            *files, make_backend, world, args.batch_size, args.pr_fp16, args.json, log_dirs, may_choose=not chosen
+            *files,
+            device,
+            world,
+            kind=args.backend,
+            weights=args.weights,
+            features=args.features,
+            batch_size=args.batch_size,
+            pr_fp16=args.pr_fp16,
+            out=args.json,
+            log_dirs=[args.log_dir] if args.log_dir else [Path("logs"), Path(__file__).resolve().parents[1] / "logs"],
         )
         return 0 if not args.self_test or self_test(scores) else 1
     except (ValueError, FileNotFoundError) as error:
