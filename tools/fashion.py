@@ -29,7 +29,7 @@ from diffit.checkpoint import load_weights, save_checkpoint
 from diffit.data.datasets import fashion_mnist
 from diffit.evaluation.fashion import CLASSIFIER, FEATURES, REFERENCE, FashionClassifier
 from diffit.evaluation.features import create_backend
-from diffit.evaluation.scores import Reference, both_radii, collect, compare
+from diffit.evaluation.scores import Reference, both_radii, collect, score_images
 from diffit.sources import BUNDLED, find_checkpoint
 
 KL_WEIGHT = 1e-4  # per latent value, beside an L1 + MSE per pixel on [-1, 1]
@@ -169,14 +169,14 @@ def make_reference(args: argparse.Namespace) -> None:
     real, held_out = fashion_mnist(train=True).images, fashion_mnist(train=False)
     order = np.random.default_rng(0).permutation(len(held_out))
     train = collect(batches(real), backend, len(real), "training images")
-    test = collect(batches(held_out.images[order]), backend, len(held_out), "test images")
-    labels = held_out.labels[order]
+    test, labels = held_out.images[order], held_out.labels[order]
+    features = np.concatenate([backend(batch).pool for batch in batches(test[:TEST_IMAGES])])
     pool = np.random.default_rng(0).permutation(train.pool)[:REFERENCE_IMAGES].astype(np.float16)
     mean, covariance = train.moments.mean.astype(np.float32), train.moments.covariance().astype(np.float32)
     points = pool.astype(np.float32)
     radii = both_radii(points, backend.device, progress=True)
     reference = Reference(mean.astype(float), covariance.astype(float), None, points, radii, ())
-    scores = compare(test, reference, backend.device, progress=True, labels=labels)
+    scores = score_images(batches(test), reference, backend, total=len(test), labels=labels)
     np.savez_compressed(
         args.out,
         features=np.array(backend.name),
@@ -184,7 +184,7 @@ def make_reference(args: argparse.Namespace) -> None:
         sigma=covariance,
         pool=pool,
         radii=radii,
-        test=test.pool[:TEST_IMAGES].astype(np.float16),
+        test=features.astype(np.float16),
         test_labels=labels[:TEST_IMAGES].astype(np.uint8),
         test_scores=np.array(json.dumps(asdict(scores))),
     )

@@ -30,8 +30,8 @@ URLS |= {name: f"{_ADM}imagenet/{size}/{name}" for size, name in REFERENCES.item
 
 def cache_folder() -> Path:
     """Where downloads live: $DIFFIT_CACHE, or diffit/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffit"
-    return Path(os.environ.get("DIFFIT_CACHE") or default)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DIFFIT_CACHE") or Path(caches, "diffit"))
 
 
 def cached(name: str) -> Path:

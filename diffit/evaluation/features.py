@@ -47,17 +47,11 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """Images [B, H, W, C] uint8 -> features. Backends of one name give the same features, so they share references.
-
-    Args:
-        name: of the features.
-        device: where images are handed over, and distances computed later.
-        extract: what `load_features` returned; may give spatial features [B, S] as a third.
-    """
+    """Images [B, H, W, C] uint8 -> features. Backends of one name give the same features, so they share references."""
 
     name: str
-    device: torch.device
-    extract: Extract
+    device: torch.device  # where images are handed over, and distances computed later
+    extract: Extract  # what `load_features` returned; may give spatial features [B, S] as a third
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Features:

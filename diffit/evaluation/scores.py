@@ -134,18 +134,18 @@ def score_images(
         ValueError: if there are no images, or reference and samples do not fit.
     """
     found = collect(batches, backend, total, "sample features")
-    return on_main(_world(), lambda: compare(found, reference, backend.device, manifold, total is not None, labels))
+    return on_main(_world(), lambda: _compare(found, reference, backend.device, manifold, total is not None, labels))
 
 
-def compare(
+def _compare(
     found: Collected,
     reference: Reference,
     device: torch.device,
-    manifold: bool = True,
-    progress: bool = False,
-    labels: ArrayLike | None = None,
+    manifold: bool,
+    progress: bool,
+    labels: ArrayLike | None,
 ) -> Scores:
-    """Scores of collected features, on rank 0; see `score_images`."""
+    """What rank 0 makes of all ranks' features."""
     names = ("reference", "samples")
     mean, covariance = found.moments.mean, found.moments.covariance()
     sfid: float | None = None
