@@ -16,11 +16,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,68 +53,41 @@ PARTS = ("sampling", "training")
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model with its settings; `trained` says whether its weights are, others are random."""
+class Variant(NamedTuple):
+    """A network as it is called, with the settings and the precision that it is sampled with."""
 
-    name: str
+    call: Any
     config: CheckpointConfig
-    batch_size: int  # before guidance doubles it
-    trained: bool
-
-    @property
-    def guided(self) -> bool:
-        guidance = self.config.guidance
-        return self.config.network.num_classes > 0 and guidance.enabled and guidance.scale != 1
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds of a call and, on CUDA, the most bytes it needs beside what there was."""
-
-    seconds: float
-    peak_memory: int | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of a variant; what was not measured is None.
-
-    Args:
-        ms: milliseconds of a guided call (the mean over the sampler's steps), or of an optimizer step.
-        speedup: over the baseline.
-        peak_share: of the measured peak of matrix products; of training that is the MFU.
-        whole_batch_s: seconds from noise to images of a batch.
-        whole_batch_speedup: over the baseline's.
-        max_error, rms_error: of the prediction, against the baseline's.
-        pixels: share of the images' uint8 values that differ from the baseline's.
-    """
-
-    variant: str
     precision: Precision
-    ms: float
-    speedup: float
-    images_per_s: float
-    peak_share: float
-    peak_memory: int | None = None
-    whole_batch_s: float | None = None
-    whole_batch_speedup: float | None = None
-    max_error: float | None = None
-    rms_error: float | None = None
-    pixels: float | None = None
+
+
+# What is measured of a variant -> head of its column, and how its values are written.
+_COLUMNS = {
+    "variant": ("variant", "{}"),
+    "precision": ("precision", "{}"),
+    "ms": ("ms", "{:.4g}"),  # of a guided call (the mean over the sampler's steps), or of an optimizer step
+    "speedup": ("speed-up", "{:.2f}x"),
+    "images_per_s": ("images/s", "{:.3g}"),
+    "peak_share": ("of peak", "{:.0%}"),  # of measured matrix products; of training that is the MFU
+    "max_error": ("max error", "{:.2g}"),  # of the prediction, against the baseline's
+    "rms_error": ("RMS error", "{:.2g}"),
+    "whole_batch_s": ("whole batch", "{:.3g} s"),  # from noise to images
+    "whole_batch_speedup": ("its speed-up", "{:.2f}x"),
+    "pixels": ("uint8 values that differ", "{:.2%}"),  # from the baseline's images
+}
+Row = dict[str, Any]  # some of these
 
 
 def interleaved(
     calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
-) -> dict[str, Timing]:
-    """Time calls in turn; the first calls of each, which compile and record CUDA graphs, are not counted.
+) -> dict[str, float]:
+    """Median seconds of calls that take turns; the first of each, which compile and record CUDA graphs, do not count.
 
     Args:
         rounds: counted calls of each, at most.
         seconds: no further round starts once the counted ones took this long; there is always one.
     """
-    memory = {name: _peak_memory(call, device) for name, call in calls.items()}
-    for _ in range(2 if device.type == "cuda" else 0):
+    for _ in range(3 if device.type == "cuda" else 1):
         for call in calls.values():
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -128,7 +101,7 @@ def interleaved(
             times[name].append(time.perf_counter() - begin)
         if time.perf_counter() - start > seconds:
             break
-    return {name: Timing(median(times[name]), memory[name]) for name in calls}
+    return {name: median(found) for name, found in times.items()}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -138,24 +111,13 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        call()
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def create_case(name: str, device: torch.device, weights: str | None = None) -> tuple[Case, nn.Module]:
-    """A case and its network in eval mode: with the weights of a file or the bundled ones, else with random ones.
+def load_case(name: str, device: torch.device, weights: str | None = None) -> tuple[CheckpointConfig, nn.Module, bool]:
+    """Config and network (in eval mode) of a case, and whether it is trained: by a file, or bundled; else random.
 
     Raises:
         ValueError: if the file holds another network.
     """
-    model_name, image_size, *sizes = CASES[name]
+    model_name, image_size, *_ = CASES[name]
     trained = weights is not None or model_name in BUNDLED
     if trained:
         source, config = find_checkpoint(model_name, weights, image_size)
@@ -165,8 +127,7 @@ def create_case(name: str, device: torch.device, weights: str | None = None) -> 
         model = build_model(config.network)
         head: Any = getattr(model, "head", None) or model.get_submodule("final_layer.linear")
         nn.init.xavier_uniform_(head.weight.detach().flatten(1))  # it starts at zero, and so would all predictions
-    batch_size = sizes[0] if device.type == "cuda" else sizes[1]
-    return Case(name, config, batch_size, trained), model.eval().to(device)
+    return config, model.eval().to(device), trained
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
@@ -183,138 +144,129 @@ def with_matmul_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def measure_sampling(case: Case, model: nn.Module, device: torch.device, rounds: int, seconds: float) -> list[Row]:
-    """Guided calls of the network and, where they are affordable, whole batches."""
-    model.requires_grad_(False)
-    exact: Precision = "tf32" if device.type == "cuda" else "fp32"
-    low = fast_precision(device)
-    skipping = case.config
-    if case.config.process_config.num_timesteps is not None:
-        skipping = replace(case.config, guidance=replace(case.config.guidance, skip_below=SKIP_BELOW))
-    variants: dict[str, tuple[Any, CheckpointConfig, Precision]] = {
-        "baseline": (with_matmul_attention(_copy_of(model)), case.config, exact),
-        "default": (_copy_of(model), case.config, exact),
-        f"{low} autocast": (autocast(_copy_of(model), device, low), case.config, low),
-        "--fast True": (fast_network(_copy_of(model), low, device), skipping, low),
+def _precisions(device: torch.device) -> tuple[Precision, Precision]:
+    """The baseline's, and the fast path's."""
+    return "tf32" if device.type == "cuda" else "fp32", fast_precision(device)
+
+
+def _is_guided(config: CheckpointConfig) -> bool:
+    return config.network.num_classes > 0 and config.guidance.enabled and config.guidance.scale != 1
+
+
+def _variants(config: CheckpointConfig, model: nn.Module, device: torch.device) -> dict[str, Variant]:
+    """What takes turns in sampling."""
+    (exact, low), skipping = _precisions(device), config
+    if config.process_config.num_timesteps is not None:
+        skipping = replace(config, guidance=replace(config.guidance, skip_below=SKIP_BELOW))
+    variants = {
+        "baseline": Variant(with_matmul_attention(_copy_of(model)), config, exact),
+        "default": Variant(_copy_of(model), config, exact),
     }
-    if low == exact:
-        del variants[f"{low} autocast"]
-    network, batch = case.config.network, case.batch_size
+    if low != exact:
+        variants[f"{low} autocast"] = Variant(autocast(_copy_of(model), device, low), config, low)
+    return variants | {"--fast True": Variant(fast_network(_copy_of(model), low, device), skipping, low)}
+
+
+@torch.no_grad()
+def measure_sampling(
+    config: CheckpointConfig,
+    model: nn.Module,
+    batch: int,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    whole_batches: bool = False,
+) -> list[Row]:
+    """Guided calls of the network for `batch` images and, if wanted and affordable, whole batches."""
+    variants, network = _variants(config, model.requires_grad_(False), device), config.network
     noise = SampleNoise(_SEED, range(batch), (network.in_channels, network.input_size, network.input_size), device)
     labels, x = noise.labels(max(network.num_classes, 1)), noise.start()
-    sampler = create_sampler(case.config.process_config, case.config.sampling)
-    times = _visited_times(sampler, case, device)
+    sampler = create_sampler(config.process_config, config.sampling)
+    times = _visited_times(sampler, config, device)
 
-    def denoiser(name: str) -> Any:
+    def denoiser(name: str, t: float) -> tuple[Any, bool]:
+        """The guided network at t, and whether its null half is skipped there."""
         call, config, _ = variants[name]
-        return guided_model(
+        guided: Any = guided_model(
             call, labels, network.num_classes, config.guidance, config.process_config, network.input_size
         )
+        at_t = guided.at(t) if _is_guided(config) else guided
+        return at_t, at_t is not guided
 
-    def call(name: str, t: float) -> Tensor:
-        set_matmul_precision(variants[name][2])
-        guided = denoiser(name)
-        guided = guided.at(t) if hasattr(guided, "at") else guided
-        return guided(x, torch.full((batch,), t, device=device)).float()
+    def predict(name: str, t: float) -> Tensor:
+        set_matmul_precision(variants[name].precision)
+        return denoiser(name, t)[0](x, torch.full((batch,), t, device=device)).float()
 
-    # Guidance that may be skipped costs half: both kinds of call are timed, and weighted by the sampler's steps.
-    guided_fast = denoiser("--fast True")
-    skipped = [t for t in times if case.guided and guided_fast.at(t) is not guided_fast]
-    late, share = min(times), len(skipped) / len(times)
-    calls = {name: partial(call, name, late) for name in variants}
-    if skipped:
-        calls["skipped"] = partial(call, "--fast True", max(times))
+    # A call that skips costs half: both kinds are timed, and weighted by the sampler's steps.
+    share = sum(denoiser("--fast True", t)[1] for t in times) / len(times)
+    calls = {name: partial(predict, name, min(times)) for name in variants}
+    if share:
+        calls["skipped"] = partial(predict, "--fast True", max(times))
     found = interleaved(calls, device, rounds, seconds)
-    probes = sorted(times)[:: max(1, len(times) // 3)]
+    found["--fast True"] += share * (found.get("skipped", 0) - found["--fast True"])
     rows = []
     for name, (_, _, precision) in variants.items():
-        second, halves = found[name].seconds, 2.0 if case.guided else 1.0
-        if skipped and name == "--fast True":
-            second = (1 - share) * second + share * found["skipped"].seconds
-            halves -= share
-        error = torch.stack([call(name, t) - call("baseline", t) for t in probes])
-        flops = halves * batch * estimate(network).flops / 3  # of a forward pass alone
-        rows.append(
-            Row(
-                name,
-                precision,
-                1e3 * second,
-                found["baseline"].seconds / second,
-                batch / (len(times) * second),
-                flops / second / _peak(device, precision),
-                found[name].peak_memory,
-                max_error=error.abs().max().item(),
-                rms_error=error.square().mean().sqrt().item(),
-            )
-        )
-    if case.trained and sum(len(times) * row.ms / 1e3 for row in rows) < seconds:
-        rows = _with_whole_batches(case, variants, sampler, labels, rows, device, rounds, seconds)
+        passes = 1.0 + _is_guided(config) - (share if name == "--fast True" else 0)
+        flops = passes * estimate(network).flops / 3  # of a forward pass alone
+        row = _row(name, precision, found[name], found["baseline"], batch, flops, device)
+        probes = sorted(times)[:: max(1, len(times) // 3)]
+        error = torch.stack([predict(name, t) - predict("baseline", t) for t in probes])
+        row |= {"images_per_s": row["images_per_s"] / len(times)}
+        rows.append(row | {"max_error": error.abs().max().item(), "rms_error": error.square().mean().sqrt().item()})
+    if not whole_batches or len(times) * sum(found[name] for name in variants) > seconds:
+        return rows
+    codec, images = create_codec(config.codec, device), dict[str, Tensor]()
+
+    def sample(name: str) -> None:
+        network, config, precision = variants[name]
+        set_matmul_precision(precision)
+        images[name] = sample_batch(network, config, sampler, codec, range(batch), labels, seed=_SEED)
+
+    whole = interleaved({name: partial(sample, name) for name in variants}, device, max(1, rounds // 2), seconds)
+    for name, row in zip(variants, rows, strict=True):
+        row |= {"whole_batch_s": whole[name], "whole_batch_speedup": whole["baseline"] / whole[name]}
+        row |= {"pixels": (images[name] != images["baseline"]).float().mean().item()}
     return rows
 
 
-def _visited_times(sampler: Any, case: Case, device: torch.device) -> list[float]:
+def _row(
+    name: str, precision: Precision, second: float, baseline: float, batch: int, flops: float, device: torch.device
+) -> Row:
+    """Of a call that takes so many seconds for `batch` images, each of so many operations."""
+    speed = {"ms": 1e3 * second, "speedup": baseline / second, "images_per_s": batch / second}
+    share = batch * flops / second / _peak(device, precision)
+    return {"variant": name, "precision": precision} | speed | {"peak_share": share}
+
+
+def _visited_times(sampler: Any, config: CheckpointConfig, device: torch.device) -> list[float]:
     """The times at which the sampler asks its model, once a call, from a dry walk over one zero image."""
     times: list[float] = []
-    channels = case.config.network.in_channels * (2 if getattr(case.config.network, "learn_sigma", False) else 1)
+    channels = config.network.in_channels * (2 if getattr(config.network, "learn_sigma", False) else 1)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         times.append(t[0].item())
         return x.new_zeros(len(x), channels, *x.shape[2:])
 
-    z = torch.zeros(1, case.config.network.in_channels, 2, 2, device=device)
+    z = torch.zeros(1, config.network.in_channels, 2, 2, device=device)
     for _ in sampler(model, z, z.clone):
         pass
     return times
 
 
-def _with_whole_batches(
-    case: Case,
-    variants: dict[str, tuple[Any, CheckpointConfig, Precision]],
-    sampler: Any,
-    labels: Tensor,
-    rows: list[Row],
-    device: torch.device,
-    rounds: int,
-    seconds: float,
+def measure_training(
+    config: CheckpointConfig, model: nn.Module, batch: int, device: torch.device, rounds: int, seconds: float
 ) -> list[Row]:
-    """The rows with whole batches measured too, and their images compared with the baseline's."""
-    codec = create_codec(case.config.codec, device)
-
-    images: dict[str, Tensor] = {}
-
-    def sample(name: str) -> None:
-        network, config, precision = variants[name]
-        set_matmul_precision(precision)
-        images[name] = sample_batch(network, config, sampler, codec, range(case.batch_size), labels, seed=_SEED)
-
-    found = interleaved({name: partial(sample, name) for name in variants}, device, max(1, rounds // 2), seconds)
-    return [
-        replace(
-            row,
-            whole_batch_s=found[row.variant].seconds,
-            whole_batch_speedup=found["baseline"].seconds / found[row.variant].seconds,
-            pixels=(images[row.variant] != images["baseline"]).float().mean().item(),
-        )
-        for row in rows
-    ]
-
-
-def measure_training(case: Case, model: nn.Module, device: torch.device, rounds: int, seconds: float) -> list[Row]:
     """Whole optimizer steps: forward, loss, backward, AdamW, EMA."""
     model.requires_grad_(True)
     if hasattr(model, "pos_embed"):
         model.pos_embed.requires_grad_(False)
-    process = create_process(case.config.process_config)
-    network, batch = case.config.network, case.batch_size
+    process, network = create_process(config.process_config), config.network
     generator = torch.Generator().manual_seed(_SEED)
     shape = (batch, network.in_channels, network.input_size, network.input_size)
     x_start, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    t = torch.full((batch,), 0.5 if case.config.process != "gaussian" else 500, device=device)
+    t = torch.full((batch,), 0.5 if config.process != "gaussian" else 500, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
-    exact: Precision = "tf32" if device.type == "cuda" else "fp32"
-    low = fast_precision(device)
-    ema = EMA(model)
+    (exact, low), ema = _precisions(device), EMA(model)
 
     def step(call: Any, optimizer: torch.optim.Optimizer, precision: Precision) -> None:
         set_matmul_precision(precision)
@@ -334,13 +286,11 @@ def measure_training(case: Case, model: nn.Module, device: torch.device, rounds:
         variants[f"compiled, {low} autocast"] = (autocast(compiled, device, low), low)
     calls = {name: partial(step, call, optimizer, precision) for name, (call, precision) in variants.items()}
     found = interleaved(calls, device, rounds, seconds)
-    rows = []
-    for name, (_, precision) in variants.items():
-        second = found[name].seconds
-        share = estimate(network).flops * batch / second / _peak(device, precision)
-        speedup = found["baseline"].seconds / second
-        rows.append(Row(name, precision, 1e3 * second, speedup, batch / second, share, found[name].peak_memory))
-    return rows
+    flops = estimate(network).flops
+    return [
+        _row(name, precision, found[name], found["baseline"], batch, flops, device)
+        for name, (_, precision) in variants.items()
+    ]
 
 
 @cache
@@ -351,30 +301,12 @@ def _peak(device: torch.device, precision: Precision) -> float:
 
 
 def table(rows: Sequence[Row], training: bool) -> str:
-    """Rows as a Markdown table; what was not measured is a dash."""
-    columns = {
-        "variant": lambda row: row.variant,
-        "precision": lambda row: row.precision,
-        "ms per step" if training else "ms per call": lambda row: f"{row.ms:.4g}",
-        "speed-up": lambda row: f"{row.speedup:.2f}x",
-        "images/s": lambda row: f"{row.images_per_s:.3g}",
-        "MFU" if training else "of peak": lambda row: f"{row.peak_share:.0%}",
-        "memory": lambda row: _or_dash(row.peak_memory and row.peak_memory / 1e9, "{:.2f} GB"),
-    }
-    if not training:
-        columns |= {
-            "whole batch": lambda row: _or_dash(row.whole_batch_s, "{:.3g} s"),
-            "its speed-up": lambda row: _or_dash(row.whole_batch_speedup, "{:.2f}x"),
-            "max error": lambda row: _or_dash(row.max_error, "{:.2g}"),
-            "RMS error": lambda row: _or_dash(row.rms_error, "{:.2g}"),
-            "uint8 values that differ": lambda row: _or_dash(row.pixels, "{:.2%}"),
-        }
-    lines = [list(columns), ["---"] * len(columns), *([column(row) for column in columns.values()] for row in rows)]
+    """Rows as a Markdown table, without the columns that were not measured."""
+    columns = _COLUMNS | ({"peak_share": ("MFU", "{:.0%}")} if training else {})
+    columns = {name: column for name, column in columns.items() if name in rows[0]}
+    lines = [[head for head, _ in columns.values()], ["---"] * len(columns)]
+    lines += [[form.format(row[name]) for name, (_, form) in columns.items()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -424,20 +356,23 @@ def run(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
     for name in args.cases:
         torch.manual_seed(_SEED)
-        case, model = create_case(name, device, args.model_path)
-        if args.batch_size is not None:
-            case = replace(case, batch_size=args.batch_size)
-        guided = f"guided at {case.config.guidance.scale:g}" if case.guided else "unguided"
-        macs = estimate(case.config.network).flops / 6e9
-        weights = "trained" if case.trained else "random"
-        print(f"\n## {name}\n\nBatch {case.batch_size}, {macs:.4g} GMAC an image, {guided}, {weights} weights.")
-        measured: dict[str, Any] = {"batch_size": case.batch_size, "gmac_per_image": macs}
-        for part, measure in (("sampling", measure_sampling), ("training", measure_training)):
-            if part in args.parts:
-                rows = measure(case, model, device, args.rounds, args.seconds)
-                print(f"\n{part.capitalize()}:\n\n{table(rows, part == 'training')}", flush=True)
-                measured[part] = [asdict(row) for row in rows]
-                torch.compiler.reset()
+        config, model, trained = load_case(name, device, args.model_path)
+        batch = args.batch_size or CASES[name][2:][device.type != "cuda"]
+        guided = f"guided at {config.guidance.scale:g}" if _is_guided(config) else "unguided"
+        macs = estimate(config.network).flops / 6e9
+        weights = "trained" if trained else "random"
+        print(f"\n## {name}\n\nBatch {batch}, {macs:.4g} GMAC an image, {guided}, {weights} weights.")
+        measured: dict[str, Any] = {"batch_size": batch, "gmac_per_image": macs}
+        if "sampling" in args.parts:
+            rows = measure_sampling(config, model, batch, device, args.rounds, args.seconds, whole_batches=trained)
+            print(f"\nSampling:\n\n{table(rows, training=False)}", flush=True)
+            measured["sampling"] = rows
+            torch.compiler.reset()
+        if "training" in args.parts:
+            rows = measure_training(config, model, batch, device, args.rounds, args.seconds)
+            print(f"\nTraining:\n\n{table(rows, training=True)}", flush=True)
+            measured["training"] = rows
+            torch.compiler.reset()
         found["cases"][name] = measured
         if args.json:
             write_atomically(args.json, json.dumps(found, indent=2).encode())

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from diffit.device import resolve_device
 from diffit.evaluation.features import create_backend
-from diffit.evaluation.reference import make_reference, open_source
+from diffit.evaluation.reference import make_reference, read_images
 from evaluations.evaluator import add_backend_flags
 
 
@@ -37,14 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise FileNotFoundError(f"the folder {args.out.parent} does not exist: make it first")
         if args.out.suffix != ".npz":
             raise ValueError(f"{args.out} must end in .npz")
-        source = open_source(args.source, args.image_size, args.data_root, args.padding)
+        count, images = read_images(args.source, args.image_size, args.data_root, args.padding)
         backend = create_backend(args.backend or "torch", args.weights, args.features, resolve_device(args.device))
-        make_reference(source, args.out, backend, args.num_images, args.seed, args.batch_size)
+        stored = make_reference(count, images, args.out, backend, args.num_images, args.seed, args.batch_size)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    shape, stored = "x".join(map(str, source.image_shape)), min(args.num_images, source.count)
-    print(f"{args.out}: moments of {source.count} images {shape} ({backend.name}), {stored} of them stored")
+    print(f"{args.out}: moments of {count} images ({backend.name}), {'x'.join(map(str, stored))} of them stored")
     return 0
 
 

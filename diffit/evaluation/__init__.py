@@ -2,6 +2,6 @@
 
 `features` turns images into features, by `inception` or a classifier of your own. `statistics` (moments, Fréchet
 distance, Inception Score) and `manifold` (precision and recall) compare them; `scores` has all numbers together, also
-for training. `reader` opens .npz files, `checks` inspects them before hours are spent, `reference` finds or makes what
-samples are compared with, `fashion` brings a classifier and a reference along, and `evaluate` is the evaluator's work.
+for training. `reader` opens .npz files, `checks` inspects them before hours are spent, `reference` makes what samples
+are compared with, and `fashion` brings a classifier and a reference along.
 """

@@ -5,8 +5,6 @@ What makes scores meaningless is an error; what makes them differ from published
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -37,75 +35,52 @@ def check_pair(reference: ImageFile, samples: ImageFile) -> list[str]:
             f"{samples.count} samples instead of {PUBLISHED_COUNT}: FID and sFID are biased, higher the fewer samples "
             "there are, and the Inception Score is lower; compare only with scores of the same count"
         )
-    if samples.image_shape[:2] != reference.image_shape[:2]:
-        sizes = ["x".join(map(str, file.image_shape[:2])) for file in (samples, reference)]
-        found.append(f"samples are {sizes[0]} and reference images are {sizes[1]}: is this the right reference?")
-    found += [
-        f"{file.path.name} holds grey images: their channel is replicated to three where the features need colour"
-        for file in (reference, samples)
-        if file.image_shape[2] == 1
-    ]
+    if samples.image_shape != reference.image_shape:
+        shapes = ["x".join(map(str, file.image_shape)) for file in (samples, reference)]
+        found.append(f"samples are {shapes[0]} and reference images are {shapes[1]}: is this the right reference?")
     return found
 
 
-def check_images(file: ImageFile) -> list[str]:
-    """Look at every image once. Returns warnings about constant and repeated images and the label histogram.
+def check_images(file: ImageFile) -> None:
+    """Read every image once.
 
     Raises:
-        ValueError: if all images are black or nearly so, or are all the same.
+        ValueError: if the file is damaged, or all images are black or nearly so, or the same.
     """
-    constant, repeated, highest = 0, 0, 0
-    seen: set[bytes] = set()
+    first, all_same, highest = next(file.batches(1)), True, 0
     with tqdm(total=file.count, desc=f"checking {file.path.name}", unit="img", leave=False) as bar:
         for batch in file.batches(256):
-            flat = batch.reshape(len(batch), -1)
-            constant += int((flat.min(axis=1) == flat.max(axis=1)).sum())
-            highest = max(highest, int(flat.max()))
-            for image in flat:
-                digest = hashlib.blake2b(image.tobytes(), digest_size=12).digest()
-                repeated += digest in seen
-                seen.add(digest)
+            all_same = all_same and bool((batch == first).all())
+            highest = max(highest, int(batch.max()))
             bar.update(len(batch))
     if highest <= 1:
         raise ValueError(f"{file.path}: all values are 0 or 1; were images in 0..1 stored without scaling to 0..255?")
-    if len(seen) == 1:
+    if all_same:
         raise ValueError(f"{file.path}: all {file.count} images are the same")
-    found = []
-    if constant:
-        found.append(f"{file.path.name}: {constant} of {file.count} images are constant (one value everywhere)")
-    if repeated:
-        found.append(f"{file.path.name}: {repeated} of {file.count} images repeat an earlier one exactly")
+
+
+def class_labels(file: ImageFile) -> NDArray[np.integer] | None:
+    """The class numbers [N] of a file's images; None if there are none, or they are not one number per image."""
     labels = file.array("arr_1")
+    if labels is None or labels.shape != (file.count,) or not np.issubdtype(labels.dtype, np.integer):
+        return None
+    return labels if labels.min() >= 0 else None
+
+
+def check_labels(file: ImageFile) -> tuple[str, list[str]]:
+    """The number of images per class in words, and warnings about them."""
+    labels = class_labels(file)
     if labels is None:
-        return found
-    unusable = _unusable(file, labels)
-    if unusable:
-        return [*found, unusable]
+        ignored = f"{file.path.name}: arr_1 is not used: it is not one label per image, or they are not class numbers"
+        return "none stored", [ignored] if "arr_1" in file.keys else []
     counts = np.bincount(labels)
-    expected = counts.mean()
+    used, expected = counts[counts > 0], counts.mean()
+    shown = f"{len(used)} classes, {used.min()} to {used.max()} images each (mean {used.mean():.1f})"
     # Pearson's statistic of labels drawn evenly has mean K - 1 and variance 2 (K - 1); 5 deviations are no accident.
     excess = ((counts - expected) ** 2 / expected).sum() - (len(counts) - 1)
-    if excess > 5 * np.sqrt(2 * len(counts)):
-        found.append(
-            f"{file.path.name}: classes are more uneven than chance, {counts.min()} to {counts.max()} images each, "
-            f"{int((counts == 0).sum())} of {len(counts)} classes have none"
-        )
-    return found
-
-
-def label_histogram(file: ImageFile) -> str | None:
-    """The number of images per class in one line, if the file has labels."""
-    labels = file.array("arr_1")
-    if labels is None or _unusable(file, labels):
-        return None
-    classes, counts = np.unique(labels, return_counts=True)
-    return f"{len(classes)} classes, {counts.min()} to {counts.max()} images each (mean {counts.mean():.1f})"
-
-
-def _unusable(file: ImageFile, labels: NDArray) -> str | None:
-    """Why labels are not used, if they are not."""
-    if labels.shape != (file.count,):
-        return f"{file.path.name}: arr_1 has shape {list(labels.shape)}, not one label per image; it is not used"
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        return f"{file.path.name}: arr_1 holds {labels.dtype} values, not class numbers; it is not used"
-    return None
+    if excess <= 5 * np.sqrt(2 * len(counts)):
+        return shown, []
+    return shown, [
+        f"{file.path.name}: classes are more uneven than chance, {counts.min()} to {counts.max()} images each, "
+        f"{len(counts) - len(used)} of {len(counts)} classes have none"
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -23,18 +24,14 @@ INCEPTION_GRAPH = "classify_image_graph_def.pb"
 INCEPTION_STATE = "weights-inception-2015-12-05-6726825d.pth"
 REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 SELF_TEST_SAMPLES = "admnet_guided_upsampled_imagenet256.npz"
-URLS = {
-    INCEPTION_GRAPH: f"{_ADM}{INCEPTION_GRAPH}",
-    REFERENCES[256]: f"{_ADM}imagenet/256/{REFERENCES[256]}",
-    REFERENCES[512]: f"{_ADM}imagenet/512/{REFERENCES[512]}",
-    SELF_TEST_SAMPLES: f"{_ADM}imagenet/256/{SELF_TEST_SAMPLES}",
-}
+URLS = {INCEPTION_GRAPH: f"{_ADM}{INCEPTION_GRAPH}", SELF_TEST_SAMPLES: f"{_ADM}imagenet/256/{SELF_TEST_SAMPLES}"}
+URLS |= {name: f"{_ADM}imagenet/{size}/{name}" for size, name in REFERENCES.items()}
 
 
 def cache_folder() -> Path:
     """Where downloads live: $DIFFIT_CACHE, or diffit/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffit"
-    return Path(os.environ.get("DIFFIT_CACHE") or default)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DIFFIT_CACHE") or Path(caches, "diffit"))
 
 
 def cached(name: str) -> Path:
@@ -78,10 +75,8 @@ def _download(url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as file:
             size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, desc=path.name, unit="B", unit_scale=True) as bar:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
+            with tqdm.wrapattr(answer, "read", total=size or None, desc=path.name) as watched:
+                shutil.copyfileobj(watched, file)
         if size and temporary.stat().st_size != size:
             raise urllib.error.URLError(f"connection closed after {temporary.stat().st_size} of {size} bytes")
         os.replace(temporary, path)

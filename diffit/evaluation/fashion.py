@@ -1,8 +1,8 @@
 """How good samples of Fashion-MNIST are, offline: a bundled classifier, and the real data as it sees them.
 
 Inception has never seen small grey pictures. So the features are those of a small CNN that was trained on the real
-training set alone (`tools/fashion/train_classifier.py`), and the reference holds what it makes of the real images
-(`tools/fashion/make_reference.py`); the scores are computed as ADM computes them, but compare with no others.
+training set alone (`tools/fashion.py classifier`), and the reference holds what it makes of the real images
+(`tools/fashion.py reference`); the scores are computed as ADM computes them, but compare with no others.
 
 Letters: B images of a batch, M reference images, T test images, D = 128 features, K = 10 classes.
 """
@@ -106,7 +106,7 @@ def bundled_reference(backend: Backend) -> Reference:
         if str(file["features"]) != backend.name:
             raise ValueError(
                 f"{REFERENCE} holds features of {file['features']}, not of {backend.name}: install diffit again, or "
-                "run tools/fashion/make_reference.py"
+                "run tools/fashion.py reference"
             )
         mean, covariance = file["mu"].astype(float), file["sigma"].astype(float)
         pool, radii = file["pool"].astype(np.float32), file["radii"]
@@ -123,10 +123,11 @@ def score_test_images(count: int, reference: Reference, backend: Backend, manifo
     The features of T = 2000 of them are bundled; beyond that, the scores of all 10,000 are returned. All ranks call it.
     """
     with np.load(REFERENCE) as file:
-        test, all_scores = file["test"].astype(np.float32), json.loads(str(file["test_scores"]))
+        test, labels, all_scores = file["test"].astype(np.float32), file["test_labels"], str(file["test_scores"])
     if count > len(test):
-        return Scores(**all_scores)
+        return Scores(**json.loads(all_scores))
     head = load_classifier(device=backend.device).head
     stored = Backend(backend.name, backend.device, lambda features: (features, head(features).softmax(dim=1)))
     start, stop = share(count)
-    return score_images([test[start:stop]] if stop > start else [], reference, stored, manifold)
+    batches = [test[start:stop]] if stop > start else []
+    return score_images(batches, reference, stored, manifold, labels=labels[:count])

@@ -24,12 +24,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffit.evaluation import inception, inception_tensorflow
 from diffit.evaluation.downloads import INCEPTION_GRAPH, INCEPTION_STATE, cache_folder, cached, verify
 from diffit.evaluation.reader import Images
 from diffit.files import sha256
 
 INCEPTION = "inception-2015"
 Extract = Callable[[Tensor], Sequence[Any]]
+_INCEPTION: dict[str, Callable[[Path, torch.device], Extract]] = {
+    "torch": inception.load_features,
+    "tensorflow": inception_tensorflow.load_features,
+}
 
 
 class Features(NamedTuple):
@@ -42,17 +47,11 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """Images [B, H, W, C] uint8 -> features. Backends of one name give the same features, so they share references.
-
-    Args:
-        name: of the features.
-        device: where images are handed over, and distances computed later.
-        extract: what `load_features` returned; may give spatial features [B, S] as a third.
-    """
+    """Images [B, H, W, C] uint8 -> features. Backends of one name give the same features, so they share references."""
 
     name: str
-    device: torch.device
-    extract: Extract
+    device: torch.device  # where images are handed over, and distances computed later
+    extract: Extract  # what `load_features` returned; may give spatial features [B, S] as a third
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Features:
@@ -78,18 +77,11 @@ def create_backend(
     device = torch.device(device)
     if features is not None:
         return _classifier(features, device)
-    if kind not in ("torch", "tensorflow"):
-        raise ValueError(f"unknown backend '{kind}': choose torch or tensorflow")
+    if kind not in _INCEPTION:
+        raise ValueError(f"unknown backend '{kind}': choose {' or '.join(_INCEPTION)}")
     path = _inception_weights(kind, weights)
     try:
-        if kind == "torch":
-            from diffit.evaluation import inception
-
-            extract: Extract = inception.load_features(path, device)
-        else:
-            from diffit.evaluation import inception_tensorflow
-
-            extract = inception_tensorflow.load_features(path, device)
+        extract = _INCEPTION[kind](path, device)
     except ModuleNotFoundError as error:
         raise ValueError(f"the {kind} backend needs the package {error.name}: pip install 'diffit[eval]'") from error
     return Backend(INCEPTION, device, lambda images: extract(to_rgb(images)))

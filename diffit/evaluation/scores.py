@@ -6,28 +6,28 @@ Letters: N images, B of a batch, D features, K classes, S spatial features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from diffit.distributed import World, on_main
 from diffit.evaluation.features import INCEPTION, Backend
 from diffit.evaluation.manifold import manifold_radii, precision_recall
 from diffit.evaluation.reader import ImageFile, Images
-from diffit.evaluation.statistics import Floats, Moments, frechet_distance, inception_score
+from diffit.evaluation.statistics import Floats, Moments, accuracy, frechet_distance, inception_score
 
 Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The five numbers of ADM; None where a backend has no spatial features, or precision and recall were left out."""
+    """The five numbers of ADM, and the accuracy; None where they are not defined or were left out."""
 
     inception_score: float
     fid: float
@@ -37,6 +37,7 @@ class Scores:
     count: int  # N, the samples they are of
     precision_exact: float | None = None  # with distances in float32
     recall_exact: float | None = None
+    accuracy: float | None = None  # share that the classifier sees as their labels, where these are of its classes
 
 
 @dataclass
@@ -116,32 +117,41 @@ def _gather(mine: Collected) -> Collected:
 
 
 def score_images(
-    batches: Iterable[Images], reference: Reference, backend: Backend, manifold: bool = True, total: int | None = None
+    batches: Iterable[Images],
+    reference: Reference,
+    backend: Backend,
+    manifold: bool = True,
+    total: int | None = None,
+    labels: ArrayLike | None = None,
 ) -> Scores:
     """Scores of images against a reference that was loaded with the same backend.
 
     batches: this rank's share, uint8 [B, H, W, C] in any batch sizes; manifold: also precision and recall, whose
-    cost grows with N²; total: images of this rank, shows progress bars.
+    cost grows with N²; total: images of this rank, shows progress bars; labels: [N] of the images of all ranks, in
+    classes of the backend, for the accuracy.
 
     Raises:
         ValueError: if there are no images, or reference and samples do not fit.
     """
     found = collect(batches, backend, total, "sample features")
-    return on_main(_world(), lambda: compare(found, reference, backend.device, manifold, total is not None))
+    return on_main(_world(), lambda: _compare(found, reference, backend.device, manifold, total is not None, labels))
 
 
-def compare(
-    found: Collected, reference: Reference, device: torch.device, manifold: bool = True, progress: bool = False
+def _compare(
+    found: Collected,
+    reference: Reference,
+    device: torch.device,
+    manifold: bool,
+    progress: bool,
+    labels: ArrayLike | None,
 ) -> Scores:
-    """Scores of collected features, on rank 0; see `score_images`."""
+    """What rank 0 makes of all ranks' features."""
     names = ("reference", "samples")
-    moments = found.moments.mean, found.moments.covariance()
-    fid = frechet_distance(reference.mean, reference.covariance, *moments, names)
+    mean, covariance = found.moments.mean, found.moments.covariance()
     sfid: float | None = None
     if found.spatial.count and reference.spatial is not None:
         sfid = frechet_distance(*reference.spatial, found.spatial.mean, found.spatial.covariance(), names)
-    adm: tuple[float, float] | tuple[None, None] = (None, None)
-    exact = adm
+    shares: Sequence[float | None] = (None,) * 4
     if manifold:
         if reference.pool is None or reference.radii is None:
             raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
@@ -150,8 +160,18 @@ def compare(
             precision_recall(real, pool, fp16=fp16, progress=progress, reference_radii=radii)
             for fp16, radii in zip((True, False), reference.radii, strict=True)
         )
-    score = inception_score(found.probabilities)
-    return Scores(score, fid, sfid, adm[0], adm[1], found.moments.count, exact[0], exact[1])
+        shares = (*adm, *exact)
+    return Scores(
+        count=found.moments.count,
+        inception_score=inception_score(found.probabilities),
+        fid=frechet_distance(reference.mean, reference.covariance, mean, covariance, names),
+        sfid=sfid,
+        precision=shares[0],
+        recall=shares[1],
+        precision_exact=shares[2],
+        recall_exact=shares[3],
+        accuracy=None if labels is None else accuracy(found.probabilities, labels),
+    )
 
 
 def load_reference(
@@ -184,11 +204,12 @@ def load_reference(
         own, own_spatial = (found.moments, found.spatial) if found else (Moments(), Moments())
         moments, has_spatial = chosen("FID", "mu, sigma", stored, own), spatial or own_spatial.count
         spatial_moments = chosen("sFID", "mu_s, sigma_s", spatial, own_spatial) if has_spatial else None
-        if manifold:
-            origin.append(f"Precision, Recall: {images}")
-        pool = found.pool if manifold and found else None
-        radii = None if pool is None else both_radii(pool, backend.device, progress)
-        return Reference(*moments, spatial_moments, pool, radii, tuple(origin))
+        if not (manifold and found):
+            return Reference(*moments, spatial_moments, None, None, tuple(origin))
+        origin.append(f"Precision, Recall: {images}")
+        return Reference(
+            *moments, spatial_moments, found.pool, both_radii(found.pool, backend.device, progress), tuple(origin)
+        )
 
     return on_main(_world(), reference)
 

@@ -1,4 +1,4 @@
-"""Moments of features, and the two scores made of them: the Fréchet distance and the Inception Score.
+"""Moments of features, and the scores that are formulas: Fréchet distance, Inception Score, accuracy.
 
 Letters: N samples, D features, K classes. All arithmetic is float64.
 """
@@ -150,3 +150,8 @@ def inception_score(probabilities: Any, split_size: int = 5000) -> float:
         divergence = scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
     return float(np.mean(scores))
+
+
+def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """The share, in [0, 1], whose most probable class is its label. probabilities: [N, K]; labels: [N] in 0..K-1."""
+    return float((np.argmax(probabilities, axis=1) == np.asarray(labels)).mean())

@@ -62,6 +62,7 @@ def test_sample_then_evaluate(tmp_path):
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["count"] == found["real_test_images"]["count"] == 6
     assert found["fid"] > found["real_test_images"]["fid"] > 0
+    assert lines[-6].startswith(f"Classified as asked: {found['accuracy']:.4f}  (6 real test images: ")
 
 
 def test_a_few_samples_are_scored_as_far_as_they_go(tmp_path, pictures, capsys):
@@ -99,6 +100,8 @@ def test_real_images_score_far_better_than_noise(backend, reference):
     few, many = (fashion.score_test_images(count, reference, backend) for count in (16, 2000))
     whole = fashion.score_test_images(2001, reference, backend)
     assert (few.count, many.count, whole.count) == (16, 2000, 10_000)
+    assert whole.accuracy == pytest.approx(0.9405)  # the classifier's, as it was trained
+    assert 0.92 < many.accuracy < 0.96
     assert few.fid > 10 * many.fid > 10 * whole.fid > 0
     noise = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 1), dtype=np.uint8)
     scores = score_images([noise], reference, backend)
@@ -113,8 +116,22 @@ def test_the_file_fits_the_classifier_and_is_small(backend, reference):
 
 
 def test_a_reference_of_another_classifier_is_refused(backend):
-    with pytest.raises(ValueError, match=r"not of other: .*make_reference\.py"):
+    with pytest.raises(ValueError, match=r"not of other: .*tools/fashion\.py reference"):
         fashion.bundled_reference(type(backend)("other", backend.device, backend.extract))
+
+
+def test_accuracy_is_the_share_of_samples_seen_as_their_labels(tmp_path, backend, pictures, capsys):
+    """It needs one class number per image, and the features of the bundled classifier."""
+    manifest = {"settings": {"model": "Diffit-Fashion"}}
+    path = save_samples(tmp_path / "run", pictures[:40], manifest)
+    probabilities = backend(pictures[:40]).probabilities
+    seen = np.sort(probabilities, axis=1)[:, -1:] == probabilities  # [N, K], one True a row
+    command = ["--log_dir", str(tmp_path), "--device", "cpu", "--json", str(tmp_path / "scores.json")]
+    for labels, expected in ((np.arange(40) % 10, seen[np.arange(40), np.arange(40) % 10].mean()), (None, None)):
+        np.savez(path, **{"arr_0": pictures[:40]} | ({} if labels is None else {"arr_1": labels}))
+        assert evaluator_main(command) == 0
+        assert ("Classified as asked: " in capsys.readouterr().out) == (labels is not None)
+        assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == expected
 
 
 @needs_data

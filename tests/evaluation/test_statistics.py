@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from diffit.evaluation.statistics import Moments, SingularCovarianceWarning, frechet_distance, inception_score
+from diffit.evaluation.statistics import Moments, SingularCovarianceWarning, accuracy, frechet_distance, inception_score
 from tests.conftest import GOLDEN
 
 
@@ -122,3 +122,7 @@ def test_inception_score_of_certain_and_uniform_predictions():
     assert inception_score(split, split_size=10) == pytest.approx((5 + 2) / 2)
     with pytest.raises(ValueError, match="at least one"):
         inception_score(np.zeros((0, 10)))
+
+
+def test_accuracy_of_known_predictions():
+    assert accuracy([[0.1, 0.9], [0.6, 0.4], [0.5, 0.5], [0.2, 0.8]], [1, 1, 0, 1]) == 0.75
