@@ -184,9 +184,7 @@ def create_state(config: TrainConfig, network: NetworkConfig, device: torch.devi
         apply_activation_checkpointing(model)
     if config.parallel == "fsdp":
         if world.size == 1:
-            raise ValueError(
-                "--parallel fsdp shares a network out over ranks and there is one: start it with torchrun"
-            )
+            raise ValueError("--parallel fsdp shares a network out over ranks and there is one: start it with torchrun")
         for each in (model, *(ema.model for ema in emas.values())):
             shard(each, world, device)
     adam = config.optimizer

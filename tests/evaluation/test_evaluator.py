@@ -9,12 +9,12 @@ import zipfile
 import numpy as np
 import pytest
 
+from diffit.cli.evaluate import main as evaluator_main
 from diffit.evaluation import downloads
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.manifold import precision_recall
 from diffit.evaluation.scores import load_reference, score_images
 from diffit.evaluation.statistics import frechet_distance, inception_score
-from evaluations.evaluator import main as evaluator_main
 from evaluations.make_reference import main as make_reference
 from tests.conftest import ROOT
 from tests.evaluation.conftest import CLASSIFIER, WEIGHTS

@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
+from diffit.cli.evaluate import main as evaluator_main
 from diffit.data.datasets import DEBIAN_FASHION, fashion_mnist
 from diffit.evaluation import fashion
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.manifold import precision_recall
 from diffit.evaluation.scores import score_images
 from diffit.evaluation.statistics import frechet_distance
-from evaluations.evaluator import main as evaluator_main
 from tests.conftest import ROOT
 
 LABELS = ["Inception Score", "FID", "sFID", "Precision", "Recall"]

@@ -1,0 +1,241 @@
+"""The command evaluations/evaluator.py: score samples as ADM does.
+
+    python evaluations/evaluator.py REFERENCE.npz SAMPLES.npz
+
+Prints Inception Score, FID, sFID, Precision and Recall. Without arguments: of the newest samples; those of the bundled
+model are compared with a bundled reference, beside real images. Under torchrun the ranks share the images.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TypeVar
+
+from diffit.device import resolve_device
+from diffit.distributed import World, on_main, start, stop
+from diffit.evaluation import fashion
+from diffit.evaluation.checks import check_images, check_labels, check_pair, class_labels
+from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
+from diffit.evaluation.features import INCEPTION, Backend, create_backend
+from diffit.evaluation.reader import ImageFile
+from diffit.evaluation.scores import Scores, load_reference, score_images, share
+from diffit.evaluation.statistics import SingularCovarianceWarning
+from diffit.files import write_atomically
+
+T = TypeVar("T")
+# Field of `Scores` -> what is printed before it, if it is defined; the last five are ADM's, in its order.
+LABELS = {
+    "accuracy": "Classified as asked",
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+_NEIGHBOURS = 3
+_NEEDS = {"sfid": "Inception's spatial features"}
+_NEEDS |= dict.fromkeys(("precision", "recall"), f"more than {_NEIGHBOURS} samples")
+# What ADM's README says of its public pair, and what half precision and other hardware may move.
+_PUBLISHED = {
+    "inception_score": (215.837, 0.1),
+    "fid": (3.9426, 0.005),
+    "sfid": (6.1404, 0.005),
+    "precision": (0.8265, 0.003),
+    "recall": (0.5309, 0.003),
+}
+
+
+def boolean(text: str) -> bool:
+    """'True' or 'False', as the flags of sample.py are written."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got '{text}'")
+    return text.lower() == "true"
+
+
+def add_backend_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose features."""
+    parser.add_argument("--backend", choices=("torch", "tensorflow"), help="of Inception (default: torch)")
+    parser.add_argument("--weights", type=Path, help="Inception weights (.pb or .pth); default: the cache, or fetched")
+    parser.add_argument(
+        "--features", metavar="MODULE:FILE", help="a classifier instead of Inception, see docs/evaluate.md"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "reference", nargs="?", type=Path, help="default: bundled (Fashion-MNIST) or ADM's, fetched once"
+    )
+    parser.add_argument("samples", nargs="?", type=Path, help="default: the newest samples_*.npz under --log_dir")
+    parser.add_argument(
+        "--log_dir", type=Path, help="where samples are looked for (default: logs/ here, else of the project)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    parser.add_argument("--pr_fp16", type=boolean, default=True, help="False: exact precision and recall, not ADM's")
+    parser.add_argument("--self_test", action="store_true", help="score ADM's public pair and compare with its README")
+    add_backend_flags(parser)
+    return parser.parse_args(arguments)
+
+
+def evaluate(args: argparse.Namespace, world: World) -> Scores:
+    """Find the files, check them before hours are spent, score; rank 0 prints. Returns the scores as they are printed.
+
+    Raises:
+        ValueError, FileNotFoundError: for all that a user can mend.
+    """
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
+    real, file = _main_first(world, lambda: _open(args))
+    notes = on_main(world, lambda: _inspect(real, file))
+    features = args.features if real else fashion.FEATURES
+    kind, device = args.backend or "torch", resolve_device(args.device)
+    backend = _main_first(world, lambda: create_backend(kind, args.weights, features, device))
+    manifold, test, (first, end) = file.count > _NEIGHBOURS, None, share(file.count)
+    with warnings.catch_warnings(record=True) as caught:  # for the bundled reference _inspect has said the same
+        warnings.simplefilter("always" if real else "ignore", SingularCovarianceWarning)
+        if real is None:
+            reference = fashion.bundled_reference(backend)
+            test = fashion.score_test_images(file.count, reference, backend, manifold)
+        else:
+            reference = load_reference(real.path, backend, manifold, args.batch_size, progress=True)
+        batches, labels = file.batches(args.batch_size, first, end), None if real else class_labels(file)
+        scores = score_images(batches, reference, backend, manifold, end - first, labels)
+    adm = {"precision_fp16": scores.precision, "recall_fp16": scores.recall}
+    if not args.pr_fp16:
+        scores, test = _exact(scores), test and _exact(test)
+    if world.is_main:
+        late = [str(entry.message) for entry in caught if issubclass(entry.category, SingularCovarianceWarning)]
+        _warn(late)
+        protocol = _protocol(backend, bundled=real is None)
+        print(f"protocol: {protocol}", f"features: {backend.name} on {device}", *reference.origin, sep="\n")
+        print(*_lines(scores, test), sep="\n")
+        if args.json:
+            about: dict[str, object] = {"protocol": protocol, "features": backend.name, "origin": reference.origin}
+            about |= {"reference": str(real.path if real else fashion.REFERENCE), "samples": str(file.path)}
+            about |= {"real_test_images": test and asdict(test), "warnings": notes + late}
+            write_atomically(args.json, (json.dumps(asdict(scores) | adm | about, indent=2) + "\n").encode())
+    return scores
+
+
+def _open(args: argparse.Namespace) -> tuple[ImageFile | None, ImageFile]:
+    """Reference and samples; a reference of None means the bundled one, unless the user has chosen anything."""
+    file = ImageFile(args.samples or _find_samples(args.log_dir))
+    chosen = args.reference or args.backend or args.weights or args.features
+    if not chosen and fashion.drawn_by_fashion_model(file.path):
+        return None, file
+    return ImageFile(args.reference or _find_reference(file)), file
+
+
+def _exact(scores: Scores) -> Scores:
+    """With precision and recall of exact distances in the place of ADM's."""
+    return replace(scores, precision=scores.precision_exact, recall=scores.recall_exact)
+
+
+def _protocol(backend: Backend, bundled: bool) -> str:
+    if backend.name == INCEPTION:
+        return "ADM (Dhariwal & Nichol 2021)"
+    data = "Fashion-MNIST, bundled: " if bundled else ""
+    return f"{data}ADM's scores in the features of a classifier, which compare with no scores in other features"
+
+
+def _lines(scores: Scores, test: Scores | None) -> list[str]:
+    """The scores, each with that of real test images beside it."""
+    lines = []
+    for field, label in LABELS.items():
+        value, real = getattr(scores, field), getattr(test, field, None)
+        if value is not None and test and real is not None:
+            lines.append(f"{label}: {value:.4f}  ({test.count} real test images: {real:.4f})")
+        elif value is not None:
+            lines.append(f"{label}: {value}")
+        elif field in _NEEDS:
+            lines.append(f"{label}: not defined, it needs {_NEEDS[field]}")
+    return lines
+
+
+def _main_first(world: World, function: Callable[[], T]) -> T:
+    """Call a function on rank 0, then on the others, which find the downloads of rank 0; its error is everyone's."""
+    made: list[T] = []
+    on_main(world, lambda: made.append(function()))
+    return made[0] if made else function()
+
+
+def _find_samples(log_dir: Path | None) -> Path:
+    """The newest samples in a folder, by default logs/ here, else that of the project."""
+    here, project = Path("logs"), Path(__file__).resolve().parents[2] / "logs"
+    folder = log_dir or (project if project.is_dir() and not here.is_dir() else here)
+    found = sorted(folder.rglob("samples_*.npz"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"there is no samples_*.npz under {folder.resolve()}: sample first, or name REFERENCE and SAMPLES"
+        )
+    return found[-1]
+
+
+def _find_reference(samples: ImageFile) -> Path:
+    """ADM's reference for the size of these samples, from the cache or fetched."""
+    height, width = samples.image_shape[:2]
+    if height != width or height not in REFERENCES:
+        raise ValueError(
+            f"there is no public reference for {height}x{width} images: make one with evaluations/make_reference.py"
+        )
+    return cached(REFERENCES[height])
+
+
+def _inspect(reference: ImageFile | None, samples: ImageFile) -> list[str]:
+    """Print what the files hold; no reference means the bundled one. Returns warnings, which are printed too."""
+    print(f"reference: {reference.path if reference else fashion.REFERENCE}\nsamples: {samples.path}")
+    if reference:
+        found = check_pair(reference, samples)
+        check_images(reference)
+    else:
+        found = [
+            f"{samples.count} samples: FID is biased upwards, more the fewer there are, and the other scores depend on "
+            "the count too; read them beside those of real images, and compare only equal counts"
+        ]
+    check_images(samples)
+    labels, uneven = check_labels(samples)
+    print(f"labels: {labels}")
+    _warn(found + uneven)
+    return found + uneven
+
+
+def _warn(messages: list[str]) -> None:
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def self_test(scores: Scores) -> bool:
+    """Whether the scores of ADM's public pair are the published ones; says so for each."""
+    good = True
+    for field, (expected, tolerance) in _PUBLISHED.items():
+        value = getattr(scores, field)
+        fits = value is not None and abs(value - expected) <= tolerance
+        good &= fits
+        print(f"{'ok  ' if fits else 'FAIL'} {LABELS[field]}: {value}, published {expected} (± {tolerance})")
+    return good
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if all went well, 1 if the self-test failed, 2 for what the user can mend."""
+    args, world = parse(arguments), World()
+    try:
+        world = start(resolve_device(args.device))
+        if args.self_test:
+            args.reference, args.samples = cached(REFERENCES[256]), cached(SELF_TEST_SAMPLES)
+        scores = evaluate(args, world)
+        return 0 if not args.self_test or self_test(scores) else 1
+    except (ValueError, FileNotFoundError) as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    finally:
+        stop()
