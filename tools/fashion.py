@@ -201,6 +201,7 @@ def main() -> None:
         if name != "bundle":
             device = "cuda" if torch.cuda.is_available() else "cpu"
             part.add_argument("--device", default=device, help="cuda or cpu")
+        if name in ("vae", "classifier"):
             part.add_argument("--seed", type=int, default=0, help="of initialisation and order")
         return part
 
