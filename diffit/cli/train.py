@@ -189,7 +189,7 @@ def _check_evaluation(config: TrainConfig) -> None:
 
 def _check_averages(config: TrainConfig) -> None:
     if not config.ema_rates or len(set(config.ema_rates)) < len(config.ema_rates):
-        raise ValueError(f"the averages {config.ema_rates} must be at least one, and all different")
+        raise ValueError(f"the EMAs {config.ema_rates} must be at least one, and all different")
     for value in config.ema_rates:
         if config.ema_half_life is None and not 0 <= value < 1:
             raise ValueError(f"--ema_decay must lie in [0, 1), not {value}")

@@ -88,7 +88,7 @@ class LabelEmbedder(nn.Module):
     """Class embedding with one extra row, the null class, at index num_classes.
 
     In training mode each label becomes null with probability `dropout_prob`; the caller can say which instead, so that
-    the choice does not depend on how a batch is split over processes.
+    the choice does not depend on how a batch is split over ranks.
     """
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:

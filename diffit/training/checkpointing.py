@@ -64,7 +64,7 @@ def save_run(
     odd = find_desynced_parameter([state.model, *(ema.model for ema in state.emas.values())], world)
     if odd is not None:
         raise ValueError(
-            f"the processes hold different values of {odd} at step {state.step}: a device or the network between "
+            f"the ranks hold different values of {odd} at step {state.step}: a device or the network between "
             "them is faulty; the same command goes on from the checkpoint before"
         )
     final = folder / f"{state.step:08d}"
@@ -165,7 +165,7 @@ def _read_state(state: TrainState, folder: Path, description: CheckpointConfig, 
         raise ValueError(f"{folder} was written with --parallel {kinds[0]}: go on with it, not with {kinds[1]}")
     for name, ema in state.emas.items():
         if not (folder / name).exists():
-            raise ValueError(f"{folder} has no {name}: go on with the averages (--ema_decay) that it was begun with")
+            raise ValueError(f"{folder} has no {name}: go on with the EMAs (--ema_decay) that it was begun with")
         _load_ema(ema.model, load_weights(folder / name, description))
     if sharded:
         _load_shards(state, folder / STATE_FOLDER)

@@ -78,10 +78,10 @@ def report(config: TrainConfig, ranks: int = 1, device: torch.device | None = No
     lines = [
         f"parameters: {found.parameters:,}",
         f"steps: {config.steps:,} of {config.batch_size} images ({config.steps * config.batch_size:,} images), on "
-        f"{ranks} {'process' if ranks == 1 else 'processes'} with {at_once:g} images at once",
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'} with {at_once:g} images at once",
         f"operations: {found.flops / 1e9:,.1f} GFLOP per image, "
         f"{found.flops * config.batch_size * config.steps / 1e18:,.3g} EFLOP in all (forward and backward pass)",
-        f"memory per process, estimated: {fixed / 2**30:.2f} GiB of weights, gradients, moments and EMAs, and at "
+        f"memory per rank, estimated: {fixed / 2**30:.2f} GiB of weights, gradients, moments and EMAs, and at "
         f"most {activations / 2**30:.2f} GiB of activations",
     ]
     if device is not None:

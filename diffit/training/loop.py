@@ -145,10 +145,10 @@ def check_shares(config: TrainConfig, world: World) -> None:
     """
     size, ranks = config.batch_size, world.size
     if size % ranks:
-        raise ValueError(f"--batch_size {size} cannot be shared by {ranks} processes: choose a multiple")
+        raise ValueError(f"--batch_size {size} cannot be shared by {ranks} ranks: choose a multiple")
     if size % (ranks * config.accumulate):
         raise ValueError(
-            f"--batch_size {size} cannot be shared by {ranks} processes in {config.accumulate} parts each: choose a "
+            f"--batch_size {size} cannot be shared by {ranks} ranks in {config.accumulate} parts each: choose a "
             "multiple, or another --accumulate"
         )
 
@@ -183,9 +183,7 @@ def create_state(config: TrainConfig, network: NetworkConfig, device: torch.devi
         apply_activation_checkpointing(model)
     if config.parallel == "fsdp":
         if world.size == 1:
-            raise ValueError(
-                "--parallel fsdp shares a network out over processes and there is one: start it with torchrun"
-            )
+            raise ValueError("--parallel fsdp shares a network out over ranks and there is one: start it with torchrun")
         for each in (model, *(ema.model for ema in emas.values())):
             shard(each, world, device)
     adam = config.optimizer

@@ -41,8 +41,8 @@ def test_dry_run_tells_the_config_and_the_cost():
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert yaml.safe_load(result.stdout)["steps"] == 60
     assert "# parameters: " in result.stdout
-    assert "# steps: 60 of 16 images (960 images), on 1 process with 16 images at once" in result.stdout
-    assert "# memory per process, estimated: " in result.stdout
+    assert "# steps: 60 of 16 images (960 images), on 1 rank with 16 images at once" in result.stdout
+    assert "# memory per rank, estimated: " in result.stdout
 
 
 def test_a_misspelt_key_is_one_clear_error(tmp_path):

@@ -161,4 +161,4 @@ def test_an_unshareable_batch_is_refused(flags, tmp_path):
     command = [*launcher, str(ROOT / "train.py"), *flags, "--run_dir", str(tmp_path / "run"), "--batch_size", "7"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "error: --batch_size 7 cannot be shared by 2 processes" in result.stderr
+    assert "error: --batch_size 7 cannot be shared by 2 ranks" in result.stderr

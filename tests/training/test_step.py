@@ -45,7 +45,7 @@ def test_parts_give_the_same_run(flags, tmp_path):
 
 
 def test_a_batch_that_cannot_be_parted_is_refused(flags, tmp_path):
-    with pytest.raises(ValueError, match="--batch_size 8 cannot be shared by 1 processes in 3 parts"):
+    with pytest.raises(ValueError, match="--batch_size 8 cannot be shared by 1 ranks in 3 parts"):
         run(flags, tmp_path, "--accumulate", "3")
 
 
