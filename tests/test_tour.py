@@ -32,7 +32,7 @@ def execute(folder):
     for cell in code_cells(notebook):
         cell.outputs = []
     settings = {"resources": {"metadata": {"path": str(folder)}}, "coalesce_streams": True, "record_timing": False}
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", **settings)
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", **settings)
     return client.execute(env={**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(Path(folder) / "ipython")})
 
 
