@@ -41,7 +41,7 @@ from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.loop import train
 from diffit.training.stopping import EXIT_CODE, Stopped
 
-# Settings of a run that do not change what it learns, nor how it is scored: scores of another --evaluation are replaced.
+# What may change without making another run; scores of other --evaluation.samples are replaced.
 _FREE = {"run_dir", "data.cache", "evaluation"}
 
 

@@ -101,9 +101,7 @@ def read_runs(out: Path) -> Runs:
     if not counts:
         raise ValueError(f"{out} holds no scores: start with tools/ablations.py run")
     if len(counts) > 1:
-        raise ValueError(
-            f"{out} holds scores of {sorted(counts)} samples: `run` all again with one --evaluation.samples"
-        )
+        raise ValueError(f"{out} holds scores of {sorted(counts)} samples: run all with one --evaluation.samples")
     return Runs(out.name, config, counts.pop(), scores, networks)
 
 
