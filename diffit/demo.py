@@ -73,12 +73,10 @@ def serve(task: AppTask) -> None:
         ValueError: if the checkpoint cannot be loaded or the port is taken.
     """
     page = build_page(load_demo(task))
-    page.queue(default_concurrency_limit=1)
     try:
         _, url, _ = page.launch(
             server_name="127.0.0.1",
             server_port=task.config.port,
-            share=False,
             quiet=True,
             prevent_thread_lock=True,
             footer_links=[],

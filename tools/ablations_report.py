@@ -1,4 +1,7 @@
-"""The report of tools/ablations.py: tables beside the paper's, what exceeds the noise, plots, and costs of variants."""
+"""The report of tools/ablations.py: tables beside the paper's, what exceeds the noise, plots, and costs of variants.
+
+Its prose stands in docs/ablations.md; what is written here goes between the comments of that page.
+"""
 
 from __future__ import annotations
 
@@ -20,41 +23,6 @@ from diffit.training.estimate import estimate
 
 # Published networks, in which costs are counted.
 NETWORKS = ("Diffit", "ImageDiffit-CIFAR10", "ImageDiffit-FFHQ64")
-INTRO = """# Ablations
-
-The paper's ablations as settings of this code, what they cost, and what they do at a small scale. How each variant was
-read out of the paper: [faithfulness.md](faithfulness.md). This page is written by
-
-    python tools/ablations.py run configs/ablations/bases/latent_cpu.yaml --out runs/ablations/latent_cpu
-    python tools/ablations.py report runs/ablations/latent_cpu ...
-
-Any variant can be had by itself: `create_model("Diffit", conditioning="separate")`, or for train.py
-`--network '{conditioning: separate}'`.
-
-## What the variants cost
-
-Multiply-adds are those of one evaluation of one image."""
-MEASURED = """\
-Networks were trained on Fashion-MNIST. The Frechet distance (lower is better) is that of unguided samples to the
-training set, in the features of the classifier of Fashion-MNIST; accuracy is the share of samples that it sees as
-the class asked for; the held-out loss is the training loss on 2,000 images of the test set. Numbers are the mean over
-seeds, ± its standard error. With the same seed all variants see the same images, noise and times in the same order, so
-that differences are taken seed by seed. A difference exceeds the noise if zero lies outside the 95% interval of its
-mean (Student's t). FID and the numbers measured here are not on one scale: compare directions."""
-ATTENTION = """### Attention over the sampling trajectory: Fig. 2
-
-In the paper the central token's attention goes from diffuse to localised on the object with TMSA, and does
-not without time in attention. Here: the bundled model, mean over heads and blocks. `--model_path` takes any
-checkpoint, of a variant without time in attention too.
-
-    python tools/attention_maps.py --num_samples 2 --class_labels 7 3 --out docs/assets/attention_maps.png
-
-![Attention over the sampling trajectory](assets/attention_maps.png)"""
-GUIDANCE = """### Guidance scale: Fig. 7a
-
-In the paper FID is lowest at 4.6 (ImageNet-256, power-cosine) and 1.49 (512, constant).
-
-    python tools/guidance_sweep.py --num_samples 10000 --plot docs/assets/guidance_sweep.png"""
 Scores = dict[str, float]
 
 
@@ -219,27 +187,35 @@ def cost_table(studies: Sequence[Study]) -> str:
     return _table(["variant", *head], table)
 
 
+def study_section(study: Study, measured: Sequence[Runs], assets: Path) -> list[str]:
+    """Paragraphs of a study: its tables, and its plots, which are written to `assets`."""
+    blocks = [f"### {study.title}", *([study.note] if study.note else [])]
+    shown = [runs for runs in measured if sum(bool(runs.values(v.name, "frechet")) for v in study.variants) > 1]
+    if not shown and any(variant.paper for variant in study.variants):
+        blocks.append(study_table(study, None))
+    for runs in shown:
+        blocks += [f"{runs.name}:", study_table(study, runs)]
+        picture = f"ablations_{runs.name}_{study.plot}.png"
+        if study.plot and plot_study(study, runs, assets / picture):
+            blocks.append(f"![{study.title}, {runs.name}]({assets.name}/{picture})")
+    return blocks
+
+
 def write_report(doc: Path, outs: Sequence[Path], studies: Sequence[Study]) -> None:
-    """Write the page, and the plots beside it in assets/.
+    """Write the tables into a page, and the plots beside it in assets/.
 
     Raises:
-        ValueError: see `read_runs`.
+        ValueError: if the page lacks the comments that hold their places, and see `read_runs`.
     """
-    measured = [read_runs(out) for out in outs]
-    said = [MEASURED, *map(describe, measured)] if measured else ["Nothing was run yet."]
-    blocks = [INTRO, cost_table(studies), "## What they do", *said]
+    measured, text = [read_runs(out) for out in outs], doc.read_text()
+    results = [describe(runs) for runs in measured] or ["Nothing was run yet."]
     for study in studies:
-        blocks += [f"### {study.title}", study.note]
-        shown = [runs for runs in measured if sum(bool(runs.values(v.name, "frechet")) for v in study.variants) > 1]
-        if not shown and any(variant.paper for variant in study.variants):
-            blocks.append(study_table(study, None))
-        for runs in shown:
-            blocks += [f"{runs.name}:", study_table(study, runs)]
-            picture = doc.parent / "assets" / f"ablations_{runs.name}_{study.plot}.png"
-            if study.plot and plot_study(study, runs, picture):
-                blocks.append(f"![{study.title}, {runs.name}](assets/{picture.name})")
-    blocks += [ATTENTION, GUIDANCE]
-    if (doc.parent / "assets" / "guidance_sweep.png").exists():
-        blocks.append("![Guidance scale](assets/guidance_sweep.png)")
-    write_atomically(doc, ("\n\n".join(block for block in blocks if block) + "\n").encode())
+        results += study_section(study, measured, doc.parent / "assets")
+    for name, blocks in (("costs", [cost_table(studies)]), ("results", results)):
+        begin, end = f"<!-- {name}, written by tools/ablations.py report -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"{doc} has no place for {name}: it needs the lines {begin} and {end}")
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = "\n\n".join([before + begin, *blocks, end + after])
+    write_atomically(doc, text.encode())
     print(doc)

@@ -101,8 +101,13 @@ def test_report(studies, report, tmp_path):
             (folder / "scores.json").write_text(json.dumps(steps))
     doc = tmp_path / "docs" / "ablations.md"
     doc.parent.mkdir()
+    doc.write_text((ROOT / "docs" / "ablations.md").read_text())
     report.write_report(doc, [tmp_path / "image"], studies.load_studies())
     text = doc.read_text()
+    report.write_report(doc, [tmp_path / "image"], studies.load_studies())
+    assert doc.read_text() == text
+    assert text.startswith("# Ablations")
+    assert text.endswith("--plot docs/assets/guidance_sweep.png\n")
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if " | " in line}
     assert "| 2.100 ± 0.058 |" in text
     assert "| +1.007 ± 0.003 (worse) |" in rows["DiT's modulation (adaLN)"]
@@ -113,6 +118,8 @@ def test_report(studies, report, tmp_path):
         assert (doc.parent / "assets" / f"ablations_image_{plot}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="holds no scores"):
         report.write_report(doc, [tmp_path / "docs"], studies.load_studies())
+    with pytest.raises(ValueError, match="has no place for costs: it needs the lines <!-- costs"):
+        report.write_report(folder / "config.yaml", [], studies.load_studies())
     (folder / "scores.json").write_text(json.dumps({"00000040": score | {"samples": 65}}))
     with pytest.raises(ValueError, match=r"holds scores of \[64, 65\] samples"):
         report.write_report(doc, [tmp_path / "image"], studies.load_studies())
