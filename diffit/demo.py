@@ -38,7 +38,10 @@ _CSS = """
 .picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
 .sweep img {padding-top: 2.5em; background: white}
 .command textarea {font-family: var(--font-mono); font-size: var(--text-sm)}
-progress {width: 100%; accent-color: var(--color-accent)}
+progress {appearance: none; width: 100%; height: 0.5em; border: none; background: var(--border-color-primary)}
+progress::-webkit-progress-bar {background: var(--border-color-primary)}
+progress::-webkit-progress-value {background: var(--color-accent)}
+progress::-moz-progress-bar {background: var(--color-accent)}
 """
 
 
@@ -136,13 +139,14 @@ def read_settings(
     return settings | {"class_labels": label, "cfg_scale": cfg_scale, "guidance.schedule": schedule}
 
 
-def denoise(demo: Demo, settings: Settings) -> Iterator[Frame]:
+def denoise(demo: Demo, settings: Settings, stop: threading.Event | None = None) -> Iterator[Frame]:
     """The states of a sample while `sample_images` draws it in a thread, the finished image last.
 
-    To close the generator stops the thread at its next step: that is what the Stop buttons do.
+    To set `stop`, or to close the generator, ends the thread at its next step.
 
     Raises:
         ValueError: if a setting does not fit.
+        InterruptedError: if `stop` was set.
     """
     arguments = dict(settings)
     guidance = replace(demo.config.guidance, schedule=arguments.pop("guidance.schedule", demo.config.guidance.schedule))
@@ -152,7 +156,7 @@ def denoise(demo: Demo, settings: Settings) -> Iterator[Frame]:
 
     def show(step: int, num_steps: int, x: Tensor) -> None:
         nonlocal due
-        if closed.is_set():
+        if closed.is_set() or (stop is not None and stop.is_set()):
             raise InterruptedError
         before = time.monotonic()
         if before >= due and step < num_steps:
@@ -216,9 +220,9 @@ def build_page(demo: Demo) -> gr.Blocks:
 def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
     """One picture, seen while it is denoised, and the command line that makes it."""
 
-    def run(*values: Any) -> Iterator[Sequence[Any]]:
+    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
         settings = read_settings(demo, *values)
-        for frame in denoise(demo, settings):
+        for frame in denoise(demo, settings, stop):
             line = command(demo, settings) if frame.done == 1 else None
             yield _progress(frame.done, frame.words), picture(frame.image), line
 
@@ -236,7 +240,7 @@ def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
 def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
     """One seed over guidance scales and numbers of steps, as a labelled grid: a row a scale, a column a number."""
 
-    def run(*values: Any) -> Iterator[Sequence[Any]]:
+    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
         label, seed, sampler, schedule, steps, scales = values
         rows = scales if demo.names else [None]
         cells = [read_settings(demo, label, seed, sampler, schedule, n, scale) for scale in rows for n in steps]
@@ -245,7 +249,7 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
         side, titles = demo.config.image_size, [_title(cell) for cell in cells]
         images = [np.full((side, side, 1), 224, np.uint8)] * len(cells)  # grey until they are drawn
         for number, cell in enumerate(cells):
-            for frame in denoise(demo, cell):
+            for frame in denoise(demo, cell, stop):
                 images[number] = frame.image
                 whole = (number + frame.done) / len(cells)
                 words = f"picture {number + 1} of {len(cells)}, {frame.words}" if whole < 1 else "done"
@@ -286,24 +290,32 @@ def _run_below(
 
     Args:
         title: of the first button.
-        run: inputs -> progress and outputs, again and again; its ValueErrors are shown as messages.
+        run: (stop, *inputs) -> progress and outputs, again and again; its ValueErrors are shown as messages.
         inputs: on the page already.
         outputs: not rendered yet.
     """
 
-    def guarded(*values: Any) -> Iterator[Sequence[Any]]:
+    stops: dict[str | None, threading.Event] = {}  # of each browser's page
+
+    def guarded(request: gr.Request, *values: Any) -> Iterator[Sequence[Any]]:
+        stop = stops[request.session_hash] = threading.Event()
         try:
-            yield from run(*values)
+            yield from run(stop, *values)
+        except InterruptedError:
+            yield [_progress(0, "stopped"), *(gr.skip() for _ in outputs)]
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    def interrupt(request: gr.Request) -> None:
+        stops.get(request.session_hash, threading.Event()).set()
+
     with gr.Row():
         start = gr.Button(title, variant="primary", min_width=120)
-        stop = gr.Button("Stop", min_width=120)
+        end = gr.Button("Stop", min_width=120)
     progress = gr.HTML(_progress(0, "ready"))
     for output in outputs:
         output.render()
-    run_event = start.click(
+    start.click(
         guarded,
         inputs,
         [progress, *outputs],
@@ -312,8 +324,7 @@ def _run_below(
         show_progress_on=progress,
         api_visibility="private",
     )
-    stopped = partial(_progress, 0, "stopped")
-    stop.click(stopped, outputs=progress, cancels=run_event, queue=False, api_visibility="private")
+    end.click(interrupt, queue=False, api_visibility="private")
 
 
 def _progress(done: float, words: str) -> str:
