@@ -38,6 +38,8 @@ class ImageDiffiTTransformer2DModel(ModelMixin, ImageDiffiT, ConfigMixin):
 
     config: Any
     __init__ = register_to_config(ImageDiffiT.__init__)
+    # Diffusers would give the config's `encoder` and `decoder`, which are words, before the parts of these names.
+    __getattr__ = nn.Module.__getattr__
 
 
 Transformer = DiffiTTransformer2DModel | ImageDiffiTTransformer2DModel

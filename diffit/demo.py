@@ -10,7 +10,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -54,24 +54,10 @@ class Demo:
     codec: Codec
     names: Sequence[str]
     arguments: Sequence[str]  # of sample.py, which name this checkpoint
-    stop: threading.Event = field(default_factory=threading.Event)  # set by the Stop buttons, cleared by a new run
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of one picture, as sample.py has them; label and cfg_scale are None for a model without classes."""
-
-    label: int | None
-    seed: int
-    sampler: str
-    num_sampling_steps: int | str
-    cfg_scale: float | None
-    schedule: str
-
-    @property
-    def title(self) -> str:
-        scale = "" if self.cfg_scale is None else f"s = {self.cfg_scale:g}, "
-        return f"{scale}{self.num_sampling_steps} steps"
+# Of one picture: arguments of `sample_images`, and `guidance.schedule`. sample.py has flags of these names.
+Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,10 +69,6 @@ class Frame:
     image: NDArray[np.uint8]
 
 
-class Stopped(Exception):
-    """The sample is not wanted any more."""
-
-
 def serve(task: AppTask) -> None:
     """Load the checkpoint and serve the page until Ctrl+C.
 
@@ -94,12 +76,10 @@ def serve(task: AppTask) -> None:
         ValueError: if the checkpoint cannot be loaded or the port is taken.
     """
     page = build_page(load_demo(task))
-    page.queue(default_concurrency_limit=1)
     try:
         _, url, _ = page.launch(
             server_name="127.0.0.1",
             server_port=task.config.port,
-            share=False,
             quiet=True,
             prevent_thread_lock=True,
             footer_links=[],
@@ -123,108 +103,93 @@ def load_demo(task: AppTask) -> Demo:
     device = resolve_device(task.config.device)
     set_matmul_precision("fp32")
     model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False).to(device)
-    given = {name: getattr(task.config, name) for name in ("model_path", "image_size", "device")}
-    given = {"model": task.checkpoint.model} | {name: v for name, v in given.items() if v not in (None, "auto")}
-    arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    named: Settings = {"model": task.checkpoint.model, "model_path": task.config.model_path}
+    named |= {"image_size": task.config.image_size, "device": device.type}
     codec = create_codec(task.checkpoint.codec, device)
-    return Demo(model, task.checkpoint, codec, class_names(task.checkpoint), arguments)
+    return Demo(model, task.checkpoint, codec, class_names(task.checkpoint), flags_of(named))
+
+
+def flags_of(settings: Settings) -> list[str]:
+    """Settings as a command line; what is None is left out."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def read_settings(
-    demo: Demo, label: int | None, seed: float | None, sampler: str, schedule: str, steps: str, scale: Any
+    demo: Demo, label: int | None, seed: int | None, sampler: str, schedule: str, steps: str, scale: Any
 ) -> Settings:
     """What the fields of the page say, in the order of the fields. `sample_images` checks the rest.
 
     Raises:
         ValueError: if what should be a number is none.
     """
-    if seed is None or seed != int(seed):
-        raise ValueError("the seed must be a whole number")
-    if not (text := steps.strip()):
-        raise ValueError("say how many steps to take")
-    num_steps = int(text) if text.isdecimal() else text  # "ddim50" is a choice of steps too
+    steps = steps.strip()
+    if seed is None or not steps:
+        raise ValueError("say which seed, and how many steps to take")
+    settings = {"seed": seed, "sampler": sampler}
+    settings["num_sampling_steps"] = int(steps) if steps.isdecimal() else steps  # "ddim50" is a choice of steps too
     if not demo.names:
-        return Settings(None, int(seed), sampler, num_steps, None, schedule)
+        return settings
     try:
         cfg_scale = float(scale)
     except (TypeError, ValueError):
         cfg_scale = math.nan
     if not 0 <= cfg_scale < math.inf:
         raise ValueError(f"the guidance scale must be a number of at least 0, not {scale}")
-    return Settings(label, int(seed), sampler, num_steps, cfg_scale, schedule)
+    return settings | {"class_labels": label, "cfg_scale": cfg_scale, "guidance.schedule": schedule}
 
 
-def denoise(demo: Demo, settings: Settings) -> Iterator[Frame]:
+def denoise(demo: Demo, settings: Settings, stop: threading.Event | None = None) -> Iterator[Frame]:
     """The states of a sample while `sample_images` draws it in a thread, the finished image last.
 
-    To close the generator stops the thread at its next step.
+    To set `stop`, or to close the generator, ends the thread at its next step.
 
     Raises:
         ValueError: if a setting does not fit.
-        Stopped: at the next step after a Stop button was pressed.
+        InterruptedError: if `stop` was set.
     """
-    guidance = replace(demo.config.guidance, schedule=settings.schedule)
+    arguments = dict(settings)
+    guidance = replace(demo.config.guidance, schedule=arguments.pop("guidance.schedule", demo.config.guidance.schedule))
     frames: SimpleQueue[Frame | Exception] = SimpleQueue()
     closed = threading.Event()
     start = due = time.monotonic()
 
     def show(step: int, num_steps: int, x: Tensor) -> None:
         nonlocal due
-        if closed.is_set() or demo.stop.is_set():
-            raise Stopped
+        if closed.is_set() or (stop is not None and stop.is_set()):
+            raise InterruptedError
         before = time.monotonic()
         if before >= due and step < num_steps:
-            image = demo.codec.decode(x)[0].cpu().numpy()
-            frames.put(Frame(step / num_steps, f"step {step} of {num_steps}", image))
+            frames.put(Frame(step / num_steps, f"step {step} of {num_steps}", demo.codec.decode(x)[0].cpu().numpy()))
             now = time.monotonic()
             due = now + max(_SECONDS, _PATIENCE * (now - before))
 
     def work() -> None:
         try:
-            images, _ = sample_images(
-                demo.model,
-                replace(demo.config, guidance=guidance),
-                num_samples=1,
-                seed=settings.seed,
-                class_labels=settings.label,
-                sampler=settings.sampler,
-                num_sampling_steps=settings.num_sampling_steps,
-                cfg_scale=settings.cfg_scale,
-                callback=show,
-            )
+            config = replace(demo.config, guidance=guidance)
+            images, _ = sample_images(demo.model, config, 1, **arguments, codec=demo.codec, callback=show)
             frames.put(Frame(1.0, f"done in {time.monotonic() - start:.1f} s", images[0]))
-        except Exception as error:  # raised where the frames are read
+        except Exception as error:  # raised where the frames are read, if they still are
             frames.put(error)
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        while True:
+        done = 0.0
+        while done < 1:
             frame = frames.get()
             if isinstance(frame, Exception):
                 raise frame
+            done = frame.done
             yield frame
-            if frame.done == 1:
-                return
     finally:
         closed.set()
 
 
 def command(demo: Demo, settings: Settings) -> str:
     """The command line that makes the same picture, logs/app/png/000000.png."""
-    words = ["python", "sample.py", *demo.arguments, "--num_samples", "1", "--seed", str(settings.seed)]
-    if settings.label is not None:
-        words += ["--class_labels", _label_text(settings.label, demo.names)]
-        words += ["--cfg_scale", str(settings.cfg_scale), "--cfg_cond", "True"]
-        words += ["--guidance.schedule", settings.schedule]
-    words += ["--sampler", settings.sampler, "--num_sampling_steps", str(settings.num_sampling_steps)]
-    return shlex.join([*words, "--log_dir", "logs/app", "--save_png", "True", "--overwrite", "True"])
-
-
-def _label_text(label: int, names: Sequence[str]) -> str:
-    """The name of a class where sample.py finds the class by it, else its number."""
-    name = names[label]
-    first = [other.lower() for other in names].index(name.lower())
-    return name if first == label and not name.lstrip("-").isdigit() else str(label)
+    guided = {"cfg_cond": True} if demo.names else {}
+    common = {"num_samples": 1, "log_dir": "logs/app", "save_png": True, "overwrite": True}
+    return shlex.join(["python", "sample.py", *demo.arguments, *flags_of(settings | guided | common)])
 
 
 def build_page(demo: Demo) -> gr.Blocks:
@@ -241,7 +206,7 @@ def build_page(demo: Demo) -> gr.Blocks:
             with gr.Column(scale=1, min_width=240):
                 common = [
                     gr.Dropdown(list(demo.names), type="index", label="Class", visible=guided),
-                    gr.Number(0, label="Seed", step=1),
+                    gr.Number(0, label="Seed", precision=0),
                     gr.Dropdown(list(SAMPLERS[config.process]), value=config.sampling.sampler, label="Sampler"),
                     gr.Dropdown(schedules, value=config.guidance.schedule, label="Guidance schedule", visible=guided),
                 ]
@@ -255,38 +220,36 @@ def build_page(demo: Demo) -> gr.Blocks:
 def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
     """One picture, seen while it is denoised, and the command line that makes it."""
 
-    def run(*values: Any) -> Iterator[Sequence[Any]]:
+    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
         settings = read_settings(demo, *values)
-        for frame in denoise(demo, settings):
+        for frame in denoise(demo, settings, stop):
             line = command(demo, settings) if frame.done == 1 else None
             yield _progress(frame.done, frame.words), picture(frame.image), line
 
-    config = demo.config
     with gr.Row():
-        steps = gr.Textbox(str(config.sampling.num_sampling_steps), label="Steps", min_width=120)
-        scale = gr.Number(
-            config.guidance.scale, label="Guidance scale", step=0.1, min_width=120, visible=bool(demo.names)
-        )
+        steps = gr.Textbox(str(demo.config.sampling.num_sampling_steps), label="Steps", min_width=120)
+        recommended, guided = demo.config.guidance.scale, bool(demo.names)
+        scale = gr.Number(recommended, label="Guidance scale", step=0.1, min_width=120, visible=guided)
     shown = _image("picture", height="min(24rem, 84vw)")
     line = gr.Textbox(
         label="The same picture, as logs/app/png/000000.png", buttons=["copy"], elem_classes="command", render=False
     )
-    _run_below(demo, "Generate", run, [*common, steps, scale], [shown, line])
+    _run_below("Generate", run, [*common, steps, scale], [shown, line])
 
 
 def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
     """One seed over guidance scales and numbers of steps, as a labelled grid: a row a scale, a column a number."""
 
-    def run(*values: Any) -> Iterator[Sequence[Any]]:
+    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
         label, seed, sampler, schedule, steps, scales = values
         rows = scales if demo.names else [None]
         cells = [read_settings(demo, label, seed, sampler, schedule, n, scale) for scale in rows for n in steps]
         if not 0 < len(cells) <= _MOST_PICTURES:
             raise ValueError(f"a sweep makes 1 to {_MOST_PICTURES} pictures, not {len(cells)}: choose other values")
-        side, titles = demo.config.image_size, [cell.title for cell in cells]
+        side, titles = demo.config.image_size, [_title(cell) for cell in cells]
         images = [np.full((side, side, 1), 224, np.uint8)] * len(cells)  # grey until they are drawn
         for number, cell in enumerate(cells):
-            for frame in denoise(demo, cell):
+            for frame in denoise(demo, cell, stop):
                 images[number] = frame.image
                 whole = (number + frame.done) / len(cells)
                 words = f"picture {number + 1} of {len(cells)}, {frame.words}" if whole < 1 else "done"
@@ -299,7 +262,7 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
         several(steps, value=steps, label="Steps"),
         several(scales, value=scales, label="Guidance scales", visible=bool(demo.names)),
     ]
-    _run_below(demo, "Sweep", run, inputs, [_image("sweep")])
+    _run_below("Sweep", run, inputs, [_image("sweep")])
 
 
 TABS: dict[str, Callable[[Demo, Sequence[Component]], None]] = {"One picture": picture_tab, "Sweep": sweep_tab}
@@ -318,7 +281,6 @@ def _image(style: str, height: str | None = None) -> gr.Image:
 
 
 def _run_below(
-    demo: Demo,
     title: str,
     run: Callable[..., Iterator[Sequence[Any]]],
     inputs: Sequence[Component],
@@ -327,25 +289,29 @@ def _run_below(
     """Buttons that start and stop a run, its progress, and its outputs. Of the whole page, one run goes at a time.
 
     Args:
-        demo: what is stopped.
         title: of the first button.
-        run: inputs -> progress and outputs, again and again; its ValueErrors are shown as messages.
+        run: (stop, *inputs) -> progress and outputs, again and again; its ValueErrors are shown as messages.
         inputs: on the page already.
         outputs: not rendered yet.
     """
 
-    def guarded(*values: Any) -> Iterator[Sequence[Any]]:
-        demo.stop.clear()
+    stops: dict[str | None, threading.Event] = {}  # of each browser's page
+
+    def guarded(request: gr.Request, *values: Any) -> Iterator[Sequence[Any]]:
+        stop = stops[request.session_hash] = threading.Event()
         try:
-            yield from run(*values)
-        except Stopped:
+            yield from run(stop, *values)
+        except InterruptedError:
             yield [_progress(0, "stopped"), *(gr.skip() for _ in outputs)]
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    def interrupt(request: gr.Request) -> None:
+        stops.get(request.session_hash, threading.Event()).set()
+
     with gr.Row():
         start = gr.Button(title, variant="primary", min_width=120)
-        stop = gr.Button("Stop", min_width=120)
+        end = gr.Button("Stop", min_width=120)
     progress = gr.HTML(_progress(0, "ready"))
     for output in outputs:
         output.render()
@@ -358,8 +324,13 @@ def _run_below(
         show_progress_on=progress,
         api_visibility="private",
     )
-    stop.click(demo.stop.set, queue=False, api_visibility="private")
+    end.click(interrupt, queue=False, api_visibility="private")
 
 
 def _progress(done: float, words: str) -> str:
     return f'<progress value="{done:.3f}"></progress> {words}'
+
+
+def _title(settings: Settings) -> str:
+    scale = f"s = {settings['cfg_scale']:g}, " if "cfg_scale" in settings else ""
+    return f"{scale}{settings['num_sampling_steps']} steps"

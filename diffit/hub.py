@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffit.files import first_line, quiet_hub
-from diffit.sources import BUNDLED, CheckpointConfig
+from diffit.sources import BUNDLED, HUB_REPOSITORY, CheckpointConfig
 
 SCORES = "scores.json"  # beside the weights, as the evaluator writes it by --json
 DOWNLOAD_SETTINGS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Hub id of a licence -> what the card says of it.
 LICENSES = {
-    "cc-by-nc-sa-4.0": "The weights are NVIDIA's, released as nvidia/DiffiT under CC-BY-NC-SA-4.0, which binds what is "
-    "made with them too.",
+    "cc-by-nc-sa-4.0": "The weights are NVIDIA's, or trained on from them: they were released as nvidia/DiffiT under "
+    "CC-BY-NC-SA-4.0, which binds what is made with them too.",
     "unknown": "No licence has been chosen for these weights: say here, and in `license` above, who may use them how.",
 }
 _SCORES = {
@@ -26,7 +27,13 @@ _SCORES = {
     "recall": "recall",
 }
 _CARD = """---
-{metadata}
+library_name: diffusers
+license: {license_id}
+pipeline_tag: unconditional-image-generation
+tags:
+- diffit
+- diffusion
+- vision-transformer
 ---
 
 # {title}
@@ -71,31 +78,22 @@ def model_card(
         license: the Hub's id of one.
         scores: what the evaluator writes by --json; {} if nothing was measured.
     """
-    from huggingface_hub import ModelCardData
-
-    network, sampling, guidance = config.network, config.sampling, config.guidance
-    names = config.class_names
-    tags = ["diffit", "diffusion", "vision-transformer", *(["class-conditional"] if network.num_classes else [])]
-    metadata = ModelCardData(
-        library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license, tags=tags
-    )
-    released = license == "cc-by-nc-sa-4.0"
-    guided = f", guidance at {guidance.scale:g}" if network.num_classes and guidance.enabled else ""
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    classes = f"{network.num_classes} classes" + (f": {shown}" if names else "")
-    labels = [names[0], names[-1]] if names else [network.num_classes - 1] if network.num_classes else ""
+    network, sampling, guidance, names = config.network, config.sampling, config.guidance, config.class_names
+    released, count = license == "cc-by-nc-sa-4.0" and not config.made_by, network.num_classes
+    shown = ": " + ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else ""
     return _CARD.format(
-        metadata=metadata.to_yaml(),
+        license_id=license,
         title=repo_id.split("/")[-1],
-        what="A class-conditional" if network.num_classes else "An unconditional",
+        what="A class-conditional" if count else "An unconditional",
         parameters=num_parameters / 1e6,
         repo_id=repo_id,
-        labels=labels,
+        labels=[names[0], names[-1]] if names else [count - 1] if count else "",
         size=config.image_size,
-        data=("ImageNet, " if released else "") + (classes if network.num_classes else "without classes"),
+        data=("ImageNet, " if released else "") + (f"{count} classes{shown}" if count else "without classes"),
         recipe=config.made_by or ("NVIDIA's, see nvidia/DiffiT" if released else "not recorded"),
         process=config.process,
-        recommended=f"{sampling.num_sampling_steps} steps of {sampling.sampler}{guided}",
+        recommended=f"{sampling.num_sampling_steps} steps of {sampling.sampler}"
+        + (f", guidance at {guidance.scale:g}" if count and guidance.enabled else ""),
         vae="none: the network sees pixels" if config.codec.factor == 1 else Path(config.codec.vae).name,
         scores=_score_table(scores),
         license=LICENSES.get(license, f"The weights are under {license}."),
@@ -112,8 +110,9 @@ def card_facts(name: str, config: CheckpointConfig) -> dict[str, Any]:
     """
     where = BUNDLED.get(name, Path(name).expanduser())
     path = (where if where.is_dir() else where.parent) / SCORES
-    released = config.model == "Diffit" and not config.made_by  # what is trained here says how
-    license = "apache-2.0" if name in BUNDLED else "cc-by-nc-sa-4.0" if released else "unknown"
+    # What is trained here says how, and what it started from, whose licence binds it too.
+    from_nvidia = HUB_REPOSITORY in config.made_by if config.made_by else config.model == "Diffit"
+    license = "apache-2.0" if name in BUNDLED else "cc-by-nc-sa-4.0" if from_nvidia else "unknown"
     try:
         scores = json.loads(path.read_text()) if where.exists() and path.is_file() else {}
     except ValueError as error:
@@ -125,8 +124,8 @@ def _score_table(scores: dict[str, Any]) -> str:
     found = {label: scores[name] for name, label in _SCORES.items() if scores.get(name) is not None}
     if not found:
         return ""
-    names = [Path(str(scores[key])).name for key in ("samples", "reference") if scores.get(key)]
-    how = f"By ADM's protocol, on {' against '.join(names)}, features: {scores.get('features', 'Inception')}."
+    files = [Path(str(scores[key])).name for key in ("samples", "reference") if scores.get(key)]
+    how = f"By ADM's protocol, on {' against '.join(files)}, features: {scores.get('features', 'Inception')}."
     header, line = " | ".join(found), " | ".join("---" for _ in found)
     values = " | ".join(f"{value:.4g}" for value in found.values())
     return f"\n## Scores\n\n{how}\n\n| {header} |\n| {line} |\n| {values} |\n"
@@ -142,10 +141,8 @@ def download(repo_id: str, **settings: Any) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    def ask() -> Path:
-        return Path(str(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **settings)))
-
-    return _ask_hub(ask, repo_id, f"the Hub did not give {repo_id}", "or give the folder of a copy")
+    with _explained(f"the Hub did not give {repo_id}", "or give the folder of a copy", wanted=repo_id):
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **settings))
 
 
 def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
@@ -156,17 +153,16 @@ def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, 
     """
     from huggingface_hub import create_repo, upload_folder
 
-    def ask() -> str:
+    with _explained(f"{repo_id} was not uploaded", "and log in by `hf auth login`"):
         name = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         return str(upload_folder(repo_id=name, folder_path=folder, token=token, commit_message=commit_message))
 
-    return _ask_hub(ask, None, f"{repo_id} was not uploaded", "and log in by `hf auth login`")
 
-
-def _ask_hub(ask: Callable[[], Any], wanted: str | None, failed: str, hint: str) -> Any:
-    """What the Hub's client gives. Its errors are its own, or those of requests or httpx, by its version."""
+@contextlib.contextmanager
+def _explained(failed: str, hint: str, wanted: str | None = None) -> Iterator[None]:
+    """Errors of the Hub's client in one sentence: they are its own, or those of requests or httpx, by its version."""
     try:
         with quiet_hub(wanted):
-            return ask()
+            yield
     except Exception as error:
         raise ValueError(f"{failed} ({first_line(error)}): check the name and the network, {hint}") from error

@@ -12,12 +12,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +34,7 @@ from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
 from diffit.files import as_tree, first_line, write_atomically
 from diffit.models.config import ZOO, model_config
-from diffit.sampling.images import Callback, class_names, resolve_labels, sample_images
+from diffit.sampling.images import class_names, resolve_labels, sample_images
 from diffit.sources import BUNDLED, HUB_REPOSITORY, CheckpointConfig
 from diffit.training.checkpointing import STATE_FILE, load_trained
 
@@ -109,12 +108,24 @@ class DiffiTPipeline(DiffusionPipeline):
         given: Any = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
         labels = [given] if isinstance(given, int | str) else list(given or [])
         count = num_images if num_images is not None else 1 if given is None else len(labels)
+        num_batches = -(-count // _BATCH_SIZE)
         device, dtype = self._execution_device, self.transformer.dtype
         # Weights of 16 bits multiply in theirs; norms, guidance and sampler stay in float32.
         autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
-        with autocast, self._shown(-(-count // _BATCH_SIZE), callback_on_step_end) as show:
+        with autocast, self.progress_bar(total=num_batches) as bar:
+
+            def show(step: int, num_steps: int, x: Tensor) -> None:
+                bar.total = num_steps * num_batches
+                bar.update()
+                state = {"latents": x}
+                returned = callback_on_step_end(self, step - 1, None, state) if callback_on_step_end else None
+                if returned and returned.get("latents", x) is not x:
+                    raise ValueError("the callback returned other latents: the sampler's state cannot be replaced")
+
             images, _ = sample_images(
-                *(self.transformer, self._settings, count),
+                self.transformer,
+                self._settings,
+                count,
                 seed=seed,
                 class_labels=labels,
                 sampler=sampler,
@@ -131,23 +142,6 @@ class DiffiTPipeline(DiffusionPipeline):
         if output_type == "pil":
             output = self.numpy_to_pil(output)
         return ImagePipelineOutput(images=output) if return_dict else (output,)
-
-    @contextlib.contextmanager
-    def _shown(self, num_batches: int, callback_on_step_end: Callable[..., Any] | None) -> Iterator[Callback]:
-        """A callback of `sample_images` that moves the progress bar and calls the user's."""
-        with contextlib.ExitStack() as opened:
-            bars: list[Any] = []
-
-            def show(step: int, num_steps: int, x: Tensor) -> None:
-                if not bars:
-                    bars.append(opened.enter_context(self.progress_bar(total=num_steps * num_batches)))
-                bars[0].update()
-                state = {"latents": x}
-                returned = callback_on_step_end(self, step - 1, None, state) if callback_on_step_end else None
-                if returned and returned.get("latents", x) is not x:
-                    raise ValueError("the callback returned other latents: the sampler's state cannot be replaced")
-
-            yield show
 
     @property
     def labels(self) -> dict[str, int]:
@@ -198,17 +192,10 @@ class DiffiTPipeline(DiffusionPipeline):
             ) from error
 
     @classmethod
-    def _from_checkpoint(
-        cls,
-        name: str,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        vae: AutoencoderKL | None = None,
-        trust_remote_code: bool = False,
-        **others: Any,
-    ) -> DiffiTPipeline:
-        if others:
-            raise ValueError(f"{name} is a checkpoint, not a saved pipeline: it takes no {', '.join(others)}")
+    def _from_checkpoint(cls, name: str, vae: AutoencoderKL | None = None, **kwargs: Any) -> DiffiTPipeline:
+        dtypes = [kwargs.pop(key, None) for key in ("dtype", "torch_dtype")]
+        if kwargs:
+            raise ValueError(f"{name} is a checkpoint, not a saved pipeline: it takes no {', '.join(kwargs)}")
         path = Path(name).expanduser()
         trained = name not in ZOO and (path.is_dir() or path.name == STATE_FILE)
         model, config = load_trained(path) if trained else load_model(path if path.exists() else name)
@@ -216,7 +203,7 @@ class DiffiTPipeline(DiffusionPipeline):
         checkpoint = {key: value for key, value in as_tree(config).items() if key != "network"}
         vae = codec.vae if isinstance(codec, VAECodec) else None
         pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(name, config))
-        return pipeline.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else pipeline
+        return pipeline.to(dtype=dtypes[0] or dtypes[1] or pipeline.dtype)
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

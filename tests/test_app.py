@@ -52,11 +52,6 @@ def test_the_command_line_makes_the_same_picture(kind, tmp_path, monkeypatch):
     np.testing.assert_array_equal(frames[-1].image.squeeze(), picture)
 
 
-def test_class_names_that_name_no_class_become_numbers():
-    names = ["crane", "Owl", "Crane", "7"]
-    assert [demo._label_text(label, names) for label in range(4)] == ["crane", "Owl", "2", "3"]
-
-
 def test_closing_the_frames_stops_the_sampling(tmp_path):
     """The thread is at most a step behind; 1000 steps of it would take seconds."""
     import threading
@@ -178,6 +173,24 @@ def test_stop_and_refusals(page):
         field.fill("2")
     press(page, "Generate")
     wait_for(page, "done in")
+
+
+def test_stop_is_for_its_own_page(page, browser, url):
+    """Of two pages of the same server, Stop on one leaves the run of the other alone."""
+    page.get_by_label("Steps").fill("1000")
+    press(page, "Generate")
+    wait_for(page, r"step \d+ of 1000")
+    other = browser.new_page()
+    other.goto(url)
+    press(other, "Stop")
+    other.close()
+    progress = page.locator(".html-container:visible")
+    before = progress.inner_text()
+    page.wait_for_timeout(1000)
+    wait_for(page, r"step \d+ of 1000")
+    assert progress.inner_text() != before
+    press(page, "Stop")
+    wait_for(page, "stopped")
 
 
 def test_sweep(page):

@@ -203,6 +203,16 @@ def test_scores_beside_the_weights_are_on_the_card(checkpoints, tmp_path):
         DiffiTPipeline.from_pretrained(tmp_path / "small.safetensors")
 
 
+def test_what_was_trained_on_from_nvidias_weights_keeps_their_licence(tmp_path):
+    made_by = "configs/mine.yaml, 7 steps of 8 images, after nvidia/DiffiT/diffit_256.safetensors"
+    path = save_small_checkpoint(tmp_path, save_small_vae(tmp_path / "vae"), made_by=made_by)
+    DiffiTPipeline.from_pretrained(path).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "license: cc-by-nc-sa-4.0" in card
+    assert f"| recipe | {made_by} |" in card
+    assert "| data | 3 classes: Cat, Dog, Night owl |" in card
+
+
 def test_a_model_without_classes(tmp_path):
     pipeline = DiffiTPipeline.from_pretrained(save_small_image_checkpoint(tmp_path, num_classes=0))
     assert len(pipeline(num_images=2).images) == 2

@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,146 +29,123 @@ from diffit.cli.parser import fail
 from diffit.codec import create_codec
 from diffit.device import resolve_device
 from diffit.diffusion import SampleNoise, create_sampler, guided_model
-from diffit.nn.attention import WindowAttention, matmul_attention
+from diffit.nn.attention import WindowAttention
 from diffit.sampling.images import batch_labels, class_names, resolve_labels
 from diffit.sources import CheckpointConfig
 
+Position = tuple[float, float]  # row and column of a token, in parts of the side
+Maps = dict[str, NDArray[np.float64]]  # by block [B, S, S], S the block's side in tokens
 
-@dataclass
-class Recorder:
-    """Keeps the maps of one token of the last call of a network, by block: [B, S, S], S the block's side in tokens.
 
-    Args:
-        at: row and column of the token, in parts of the side.
-        count: how many images of a batch are looked at; what follows them is the null half of guidance.
+def attention_map(layer: WindowAttention, qkv: Tensor, bias: Tensor, at: Position) -> NDArray[np.float64]:
+    """The attention of one token to all others by Eq. 6, mean over heads, times the N tokens of its window: [B, S, S].
+
+    qkv: [B, W, N, 3C]; bias: [1 or B*W, H, N, N]. It is NaN outside of the token's window.
     """
+    (B, W, N, _), side = qkv.shape, layer.window_size
+    q, k, _ = qkv.view(B * W, N, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B*W, H, N, D]
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(-1).mean(1).view(B, W, N, N)
+    across = round(W**0.5)  # windows in a row of the image
+    row, column = (int(part * across * side) for part in at)
+    top, left = row // side, column // side  # of the window, in windows
+    seen = N * weights[:, top * across + left, row % side * side + column % side]  # [B, N]
+    found = np.full((B, across, side, across, side), np.nan)
+    found[:, top, :, left] = seen.view(B, side, side).double().cpu().numpy()
+    return found.reshape(B, across * side, across * side)
 
-    at: tuple[float, float]
-    count: int
-    batch: int = 0
-    maps: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
-    def watch(self, model: nn.Module) -> list[str]:
-        """Have every attention of a network write its map here; returns their names in order of their blocks.
+def watch(model: nn.Module, at: Position) -> Maps:
+    """Have every attention of a network keep its map of the last call in the dictionary that is returned.
 
-        Raises:
-            ValueError: if the network has no attention that is known here.
-        """
+    Raises:
+        ValueError: if the network has no attention that is known here.
+    """
+    maps: Maps = {}
 
-        def begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.batch = len(inputs[0])
+    def attend(name: str, layer: WindowAttention, qkv: Tensor, bias: Tensor) -> Tensor:
+        maps[name] = attention_map(layer, qkv, bias, at)
+        return type(layer).attend(layer, qkv, bias)
 
-        model.register_forward_pre_hook(begin)
-        names = [name for name, module in model.named_modules() if isinstance(module, WindowAttention)]
-        if not names:
-            raise ValueError(f"a {type(model).__name__} has no attention within windows to look at")
-        for name in names:
-            module: Any = model.get_submodule(name)
-            module.attention = self.attention(name, module.window_size)
-        return names
-
-    def attention(self, name: str, side: int) -> Any:
-        """Eq. 6, which also keeps the weights of the token's row."""
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias  # [B*W, H, N, N]
-            weights = scores.softmax(-1).mean(1).unflatten(0, (self.batch, -1))[: self.count]  # [B, W, N, N]
-            across = round(weights.shape[1] ** 0.5)  # windows
-            row, column = (int(part * across * side) for part in self.at)
-            window, token = row // side * across + column // side, row % side * side + column % side
-            seen = np.full((len(weights), across * side, across * side), np.nan)
-            top, left = row // side * side, column // side * side
-            looked = weights[:, window, token].unflatten(-1, (side, side))  # [B, w, w]
-            seen[:, top : top + side, left : left + side] = looked.double().cpu().numpy() * side**2
-            self.maps[name] = seen
-            return matmul_attention(q, k, v, bias)
-
-        return attend
+    for name, layer in model.named_modules():
+        if isinstance(layer, WindowAttention):
+            short = name.removesuffix(".attn").removesuffix(".block").replace("blocks.", "block ")
+            layer.attend = partial(attend, short, layer)  # type: ignore[method-assign]
+            maps[short] = np.empty(0)
+    if not maps:
+        raise ValueError(f"a {type(model).__name__} has no attention within windows to look at")
+    return maps
 
 
 @dataclass
 class Moment:
-    """What is shown of a time: pictures [B, H, W, C] uint8 and maps by block [B, S, S]."""
+    """What is shown of a time: pictures [B, H, W, C] uint8 and maps by block."""
 
     title: str
     pictures: NDArray[np.uint8]
-    maps: dict[str, NDArray[np.float64]]
+    maps: Maps
 
 
 @torch.no_grad()
 def record(
-    model: nn.Module, config: CheckpointConfig, labels: Tensor, recorder: Recorder, moments: int, seed: int
+    model: nn.Module, config: CheckpointConfig, labels: Tensor, at: Position, count: int, seed: int
 ) -> list[Moment]:
-    """Sample images of these labels [B], and look at about evenly spaced moments on the way."""
+    """Sample images of these labels [B], and look at `count` about evenly spaced moments on the way."""
     device, size = labels.device, config.network.input_size
     codec, sampler = create_codec(config.codec, device), create_sampler(config.process_config, config.sampling)
     noise = SampleNoise(seed, range(len(labels)), (config.network.in_channels, size, size), device)
     null = config.network.num_classes
+    maps = watch(model, at)
     denoiser = guided_model(model, labels, null, config.guidance, config.process_config, size)
-    found = []
+    moments = []
     for state in sampler(denoiser, noise.start(), noise):
-        wanted = {round(step) for step in np.linspace(1, state.num_steps, min(moments, state.num_steps))}
-        if state.step in wanted:
-            title = f"step {state.step}/{state.num_steps}"
-            pictures = codec.decode(state.pred_xstart.to(noise.start().dtype)).cpu().numpy()
-            found.append(Moment(title, pictures, dict(recorder.maps)))
-    return found
+        if state.step in np.linspace(1, state.num_steps, min(count, state.num_steps)).round():
+            labelled = {name: found[: len(labels)] for name, found in maps.items()}  # the null half of guidance follows
+            pictures = codec.decode(state.pred_xstart.float()).cpu().numpy()
+            moments.append(Moment(f"step {state.step}/{state.num_steps}", pictures, labelled))
+    return moments
 
 
-def average(maps: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+def average(maps: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """The mean over blocks [B, S, S] at the finest side; coarser maps are enlarged, what no block sees stays NaN."""
     side = max(each.shape[-1] for each in maps)
     enlarged = np.stack([each.repeat(side // each.shape[-1], 1).repeat(side // each.shape[-1], 2) for each in maps])
-    seen = ~np.isnan(enlarged)
-    total = np.where(seen, enlarged, 0).sum(0)
-    return np.where(seen.any(0), total / np.maximum(seen.sum(0), 1), np.nan)
+    return np.ma.masked_invalid(enlarged).mean(0).filled(np.nan)
 
 
-def draw_strip(moments: list[Moment], names: Sequence[str], rows: list[str], at: tuple[float, float]) -> Any:
-    """A figure with a column for each moment.
+def draw_strip(moments: Sequence[Moment], names: Sequence[str], at: Position, per_block: bool) -> Any:
+    """A figure with a column for each moment: for every sample its picture and the mean map of all blocks.
 
-    names: of the samples [B]; rows: the blocks to show of the first sample, or none: their mean for every sample.
+    names: of the samples [B]; per_block: the maps of all blocks of the first sample alone, a row for each.
     """
     from matplotlib.patches import Rectangle
 
-    samples = range(1 if rows else len(names))
-    lines: list[tuple[str, list[NDArray[Any]]]] = []
-    for sample in samples:
-        lines.append((f"{names[sample]}:\nexpected image", [moment.pictures[sample] for moment in moments]))
-        if rows:
-            lines += [(_short(row), [moment.maps[row][sample] for moment in moments]) for row in rows]
+    rows: list[tuple[str, list[NDArray[Any]]]] = []
+    for sample, name in enumerate(names[:1] if per_block else names):
+        rows.append((f"{name}:\nexpected image", [moment.pictures[sample] for moment in moments]))
+        if per_block:
+            rows += [(block, [moment.maps[block][sample] for moment in moments]) for block in moments[0].maps]
         else:
-            lines.append(("attention", [average(list(moment.maps.values()))[sample] for moment in moments]))
-    shown = np.concatenate([each.ravel() for _, line in lines for each in line if each.dtype == np.float64])
-    top = float(np.nanpercentile(shown, 99.5))
-    shape = (len(lines), len(moments))
+            rows.append(("attention", [average(list(moment.maps.values()))[sample] for moment in moments]))
+    seen = np.concatenate([each.ravel() for _, row in rows for each in row if each.dtype == np.float64])
+    colours = {"cmap": "viridis", "vmin": 0, "vmax": float(np.nanpercentile(seen, 99.5))}
     finest = max(each.shape[-1] for each in moments[0].maps.values())
-    figure, axes = new_figure(*shape, max(6.0, 1.3 * shape[1] + 1.8), 1.35 * shape[0] + 1)
-    for row, (label, line) in enumerate(lines):
-        for column, picture in enumerate(line):
-            axis = axes[row, column]
+    height, width = len(rows), len(moments)
+    figure, axes = new_figure(height, width, max(6.0, 1.3 * width + 1.8), 1.35 * height + 1)
+    for axis, moment in zip(axes[0], moments, strict=True):
+        axis.set_title(moment.title, fontsize=9)
+    for line, (label, row) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, picture in zip(line, row, strict=True):
+            is_map, side = picture.dtype == np.float64, len(picture)
+            scale = colours if is_map else {"cmap": "gray", "vmin": 0, "vmax": 255}
+            shown = axis.imshow(picture.squeeze(), interpolation="nearest", **scale)
+            tokens = side if is_map else finest
+            top, left = (int(part * tokens) * side / tokens - 0.5 for part in at)
+            axis.add_patch(Rectangle((left, top), side / tokens, side / tokens, fill=False, color="red", lw=1.2))
             axis.set(xticks=[], yticks=[])
-            if picture.dtype == np.uint8:
-                axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            else:
-                image = axis.imshow(picture, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
-            side = len(picture)
-            cells = finest if picture.dtype == np.uint8 else side
-            corner = [int(part * cells) * side / cells - 0.5 for part in at]
-            mark = {"fill": False, "edgecolor": "red", "linewidth": 1.2}
-            axis.add_patch(Rectangle((corner[1], corner[0]), side / cells, side / cells, **mark))
-            if row == 0:
-                axis.set_title(moments[column].title, fontsize=9)
-        axes[row, 0].set_ylabel(label, fontsize=9)
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 2.5 / shape[0]), pad=0.01)
+    bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 2.5 / height), pad=0.01)  # the last row holds maps
     bar.set_label("attention (1: everywhere alike)", fontsize=9)
     return figure
-
-
-def _short(name: str) -> str:
-    """Of an attention's name, what tells its block from others: 'block 3', 'encoder.0.1'."""
-    name = name.removesuffix(".attn").removesuffix(".block")
-    return name.replace("blocks.", "block ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,20 +163,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not all(0 <= part < 1 for part in args.token) or min(args.num_samples, args.moments) < 1:
             raise ValueError("--token lies in [0, 1), and --num_samples and --moments are at least 1")
-        device = resolve_device(args.device)
+        device, at = resolve_device(args.device), (args.token[0], args.token[1])
         model, config = load_model(args.model_path)
-        recorder = Recorder(tuple(args.token), args.num_samples)
-        blocks = recorder.watch(model.to(device))
-        wanted = resolve_labels(args.class_labels, class_names(config))
-        labels = batch_labels(config, range(args.num_samples), args.seed, wanted, device)
-        moments = record(model, config, labels, recorder, args.moments, args.seed)
         known = class_names(config)
+        wanted = resolve_labels(args.class_labels, known)
+        labels = batch_labels(config, range(args.num_samples), args.seed, wanted, device)
+        moments = record(model.to(device), config, labels, at, args.moments, args.seed)
         names = [known[int(y)] if known else f"sample {i}" for i, y in enumerate(labels)]
-        kind = config.network.conditioning
-        token = "the central token" if tuple(args.token) == (0.5, 0.5) else "the marked token"
-        title = f"Attention of {token} (red) to all others while sampling,\n{config.model} ({kind}): noise to image"
-        figure = draw_strip(moments, names, blocks if args.per_block else [], tuple(args.token))
-        figure.suptitle(title, fontsize=11)
+        figure = draw_strip(moments, names, at, args.per_block)
+        token = "the central token" if at == (0.5, 0.5) else "the marked token"
+        what = f"{config.model} ({config.network.conditioning}): noise to image"
+        figure.suptitle(f"Attention of {token} (red) to all others while sampling,\n{what}", fontsize=11)
         save_figure(figure, args.out)
     except (ValueError, OSError) as error:
         fail(str(error))

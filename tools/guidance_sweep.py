@@ -26,7 +26,7 @@ from diffit.device import resolve_device
 from diffit.files import as_tree, difference, write_atomically
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
-Results = dict[str, dict[str, dict[str, float]]]  # schedule -> scale -> scores
+Results = dict[str, dict[float, dict[str, float]]]  # schedule -> scale -> scores
 
 
 def sweep(args: argparse.Namespace) -> Results:
@@ -39,60 +39,44 @@ def sweep(args: argparse.Namespace) -> Results:
     model, config = load_model(args.model_path, args.image_size)
     if not config.network.num_classes:
         raise ValueError(f"{args.model_path} knows no classes: there is nothing to guide it to")
-    model.to(device)
-    path = args.out / "results.json"
+    path, schedules = args.out / "results.json", config.process_config.guidance_schedules
     settings = {"checkpoint": as_tree(config), "num_samples": args.num_samples, "reference": args.reference}
     kept = json.loads(path.read_text()) if path.exists() else {"settings": settings, "scores": {}}
     changed = difference(kept["settings"], settings)
     if changed:
         raise ValueError(f"{path} holds another sweep ({changed}): choose another --out")
-    schedules = config.process_config.guidance_schedules
-    scores: Results = kept["scores"]
-    missing = [
-        (schedule, scale)
-        for scale in args.scales
-        for schedule in schedules
-        if f"{scale:g}" not in scores.get(schedule, {})
-    ]
-    scorer = open_scorer(device, args.reference) if missing else None
     args.out.mkdir(parents=True, exist_ok=True)
-    for schedule, scale in missing:
-        assert scorer is not None
-        same = next((scores[name]["1"] for name in schedules if scale == 1 and "1" in scores.get(name, {})), None)
-        if same is None:  # at scale 1 all schedules are no guidance
-            guidance = replace(config.guidance, scale=scale, schedule=schedule, enabled=True)
-            title = f"{schedule}, scale {scale:g}"
-            images, labels = draw(
-                model, replace(config, guidance=guidance), args.num_samples, args.batch_size, device, title
-            )
-            same = scorer.score(images, labels)
-        scores.setdefault(schedule, {})[f"{scale:g}"] = same
-        write_atomically(path, json.dumps(kept, indent=1).encode())
-        print(f"{schedule} {scale:g}: " + ", ".join(f"{key} {value:.4g}" for key, value in same.items()), flush=True)
-    return {
-        name: {scale: found[scale] for scale in (f"{s:g}" for s in sorted(args.scales))}
-        for name, found in scores.items()
-        if name in schedules
-    }
+    score, scores = open_scorer(device, args.reference), kept["scores"]
+    for scale in sorted(args.scales):
+        for schedule in schedules:
+            line, name = scores.setdefault(schedule, {}), f"{scale:g}"
+            if name not in line and scale == 1 and name in scores[schedules[0]]:
+                line[name] = scores[schedules[0]][name]  # by any schedule, scale 1 is no guidance
+            elif name not in line:
+                guidance = replace(config.guidance, scale=scale, schedule=schedule, enabled=True)
+                guided, title = replace(config, guidance=guidance), f"{schedule}, scale {name}"
+                line[name] = score(*draw(model, guided, args.num_samples, args.batch_size, device, title))
+                print(f"{title}: " + ", ".join(f"{key} {value:.4g}" for key, value in line[name].items()), flush=True)
+            write_atomically(path, json.dumps(kept, indent=1).encode())
+    return {name: {scale: scores[name][f"{scale:g}"] for scale in sorted(args.scales)} for name in schedules}
 
 
 def best(results: Results) -> tuple[str, float, float]:
     """Schedule, scale and distance of the lowest Frechet distance."""
-    found = [(values["frechet"], name, float(s)) for name, line in results.items() for s, values in line.items()]
+    found = [(values["frechet"], name, scale) for name, line in results.items() for scale, values in line.items()]
     distance, name, scale = min(found)
     return name, scale, distance
 
 
 def plot(results: Results, title: str, path: Path) -> None:
-    """Frechet distance against scale and, where the classifier knows the classes, the share classified right."""
-    classified = all("accuracy" in values for line in results.values() for values in line.values())
-    panels = [("frechet", "Frechet distance (lower is better)")]
-    panels += [("accuracy", "share classified as the class asked for")] if classified else []
+    """Frechet distance against scale and, where the classifier knows the classes, its accuracy."""
+    panels = {"frechet": "Frechet distance (lower is better)", "accuracy": "share classified as the class asked for"}
+    if not all("accuracy" in values for line in results.values() for values in line.values()):
+        del panels["accuracy"]
     figure, axes = new_figure(1, len(panels), 5 * len(panels), 3.8)
-    for axis, (key, label) in zip(axes[0], panels, strict=True):
+    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
         for name, line in results.items():
-            scales = [float(scale) for scale in line]
-            axis.plot(scales, [values[key] for values in line.values()], marker="o", markersize=4, label=name)
+            axis.plot(list(line), [values[key] for values in line.values()], marker="o", markersize=4, label=name)
         axis.set(xlabel="guidance scale (1: none)", ylabel=label)
         axis.grid(alpha=0.3)
     name, scale, distance = best(results)
@@ -114,17 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/guidance_sweep"), help="folder of the results")
     parser.add_argument("--plot", type=Path, help="the picture (default: guidance_sweep.png in that folder)")
     args = parser.parse_args(argv)
+    picture = args.plot or args.out / "guidance_sweep.png"
     try:
         results = sweep(args)
-        name, scale, distance = best(results)
-        title = f"{args.model_path}, {args.num_samples:,} samples"
-        picture = args.plot or args.out / "guidance_sweep.png"
-        plot(results, title, picture)
+        plot(results, f"{args.model_path}, {args.num_samples:,} samples", picture)
     except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from there", file=sys.stderr)
         return 130
+    name, scale, distance = best(results)
     print(f"best: {name} at scale {scale:g}, Frechet distance {distance:.4g} ({picture})")
     return 0
 

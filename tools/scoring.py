@@ -5,8 +5,7 @@ By default both are seen by the classifier of Fashion-MNIST; with a reference fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,49 +20,39 @@ from diffit.device import to_device
 from diffit.diffusion import create_process
 from diffit.diffusion.noise import keyed_generator
 from diffit.evaluation.fashion import FEATURES, bundled_reference
-from diffit.evaluation.features import Backend, create_backend
-from diffit.evaluation.scores import Reference, collect, load_reference
+from diffit.evaluation.features import create_backend
+from diffit.evaluation.scores import collect, load_reference
 from diffit.evaluation.statistics import frechet_distance
 from diffit.sources import CheckpointConfig
 
 HELD_OUT_IMAGES = 2000
+_BATCH = 500
 _HELD_OUT = 31  # its stream of random numbers
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Features, the moments of real images in them, and whether their classes are those that samples are asked for."""
+def open_scorer(
+    device: torch.device, reference: str | None = None
+) -> Callable[[NDArray[np.uint8], NDArray[np.int64]], dict[str, float]]:
+    """A function from uint8 images [N, H, W, C], and the classes [N] that they were asked to show, to their scores.
 
-    backend: Backend
-    reference: Reference
-    knows_classes: bool
-
-    def score(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, float]:
-        """Scores of uint8 images [N, H, W, C] that were asked to show these classes [N]."""
-        found, real = collect(_batches(images), self.backend), self.reference
-        distance = frechet_distance(real.mean, real.covariance, found.moments.mean, found.moments.covariance())
-        scores = {"samples": len(images), "frechet": float(distance)}
-        if self.knows_classes:
-            scores["accuracy"] = float((found.probabilities.argmax(1) == labels).mean())
-        return scores
-
-
-def open_scorer(device: torch.device, reference: str | None = None) -> Scorer:
-    """The classifier of Fashion-MNIST with its training set; with a reference .npz, Inception with that.
+    Scores are `samples` (N), `frechet` and, of the classifier of Fashion-MNIST, `accuracy` in 0..1. It compares with
+    its training set; with a `reference` .npz, Inception compares with that.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence, if reference or weights cannot be had.
     """
-    if reference is not None:
-        inception = create_backend("torch", device=device)
-        return Scorer(inception, load_reference(reference, inception, manifold=False), False)
-    backend = create_backend("torch", features=FEATURES, device=device)
-    return Scorer(backend, bundled_reference(backend), True)
+    backend = create_backend("torch", features=None if reference else FEATURES, device=device)
+    real = load_reference(reference, backend, manifold=False) if reference else bundled_reference(backend)
 
+    def score(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, float]:
+        found = collect((images[i : i + _BATCH] for i in range(0, len(images), _BATCH)), backend)
+        distance = frechet_distance(real.mean, real.covariance, found.moments.mean, found.moments.covariance())
+        scores = {"samples": len(images), "frechet": float(distance)}
+        if not reference:
+            scores["accuracy"] = float((found.probabilities.argmax(1) == labels).mean())
+        return scores
 
-def _batches(images: NDArray[np.uint8], size: int = 500) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size]
+    return score
 
 
 def draw(
@@ -86,10 +75,10 @@ def held_out_loss(model: nn.Module, config: CheckpointConfig, device: torch.devi
     """The training loss on images of Fashion-MNIST's test set; times and noise are the same for all networks."""
     process, codec = create_process(config.process_config), create_codec(config.codec, device)
     test, total = fashion_mnist(train=False), 0.0
-    for number, start in enumerate(tqdm(range(0, HELD_OUT_IMAGES, 500), desc="held-out loss", leave=False)):
-        images = to_device(test.images[start : start + 500], device)
-        y = to_device(test.labels[start : start + 500], device)
-        generator = keyed_generator(0, number, _HELD_OUT)
+    for start in tqdm(range(0, HELD_OUT_IMAGES, _BATCH), desc="held-out loss", leave=False):
+        part = slice(start, min(start + _BATCH, HELD_OUT_IMAGES))
+        images, y = to_device(test.images[part], device), to_device(test.labels[part], device)
+        generator = keyed_generator(0, start // _BATCH, _HELD_OUT)
         t = to_device(process.draw_t(generator, len(images)), device)
         shape = (len(images), config.network.in_channels, *(config.network.input_size,) * 2)
         noise, posterior = (to_device(generator.standard_normal(shape, np.float32), device) for _ in range(2))
@@ -97,6 +86,5 @@ def held_out_loss(model: nn.Module, config: CheckpointConfig, device: torch.devi
             x_start = codec.latents(codec.encode_moments(images), posterior)
         else:
             x_start = codec.encode(images)
-        losses = process.training_losses(lambda x, t, y=y: model(x, t, y), x_start, t, noise)
-        total += losses.loss.sum().item()
+        total += process.training_losses(lambda x, t, y=y: model(x, t, y), x_start, t, noise).loss.sum().item()
     return total / HELD_OUT_IMAGES

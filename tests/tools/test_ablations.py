@@ -23,6 +23,13 @@ def tool():
 
 
 @pytest.fixture(scope="module")
+def studies():
+    import studies
+
+    return studies
+
+
+@pytest.fixture(scope="module")
 def report():
     import ablations_report
 
@@ -30,11 +37,11 @@ def report():
 
 
 @pytest.mark.parametrize("base", BASES, ids=[base.stem for base in BASES])
-def test_every_variant_fits_every_base(tool, base):
+def test_every_variant_fits_every_base(studies, base):
     """train.py takes the settings, no two variants are the same network, and only the first is the base's."""
     tree = yaml.safe_load(base.read_text())
     settings = tree.get("network", {})
-    variants = tool.variants_of(tool.load_studies(), base.stem.split("_")[0])
+    variants = list(studies.variants_for(tree["model"], studies.load_studies()).values())
     networks = []
     for variant in variants:
         fields = variant.settings(tree["model"], settings)
@@ -49,8 +56,8 @@ def test_every_variant_fits_every_base(tool, base):
     assert [variant.name for variant in variants if variant.curve] == ["tmsa", "adaln"]
 
 
-def test_widths_are_multiples_of_the_base(tool):
-    variants = {variant.name: variant for variant in tool.variants_of(tool.load_studies(), "image")}
+def test_widths_are_multiples_of_the_base(studies):
+    variants = studies.variants_for("ImageDiffit-CIFAR10", studies.load_studies())
     narrow = variants["narrow_time"].settings("ImageDiffit-CIFAR10", {"window_size": 8})
     assert narrow == {"window_size": 8, "cond_dim": 256}
     assert variants["wide_features"].settings("ImageDiffit-CIFAR10", {}) == {"channels": [256, 512, 512]}
@@ -73,7 +80,7 @@ def test_what_exceeds_the_noise_is_what_a_t_test_finds(report, count):
     assert report.verdict([1.0]) == "one seed says nothing"
 
 
-def test_report(tool, report, tmp_path):
+def test_report(studies, report, tmp_path):
     """From files as `run` leaves them: numbers, verdicts of either direction, plots, and what was not run."""
     config = {"model": "ImageDiffit-Tiny", "steps": 40, "batch_size": 8, "evaluation": {"samples": 64}}
     config |= {"sampling": {"sampler": "heun", "num_sampling_steps": 3}}
@@ -94,8 +101,13 @@ def test_report(tool, report, tmp_path):
             (folder / "scores.json").write_text(json.dumps(steps))
     doc = tmp_path / "docs" / "ablations.md"
     doc.parent.mkdir()
-    report.write_report(doc, [tmp_path / "image"], tool.load_studies())
+    doc.write_text((ROOT / "docs" / "ablations.md").read_text())
+    report.write_report(doc, [tmp_path / "image"], studies.load_studies())
     text = doc.read_text()
+    report.write_report(doc, [tmp_path / "image"], studies.load_studies())
+    assert doc.read_text() == text
+    assert text.startswith("# Ablations")
+    assert text.endswith("--plot docs/assets/guidance_sweep.png\n")
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if " | " in line}
     assert "| 2.100 ± 0.058 |" in text
     assert "| +1.007 ± 0.003 (worse) |" in rows["DiT's modulation (adaLN)"]
@@ -105,4 +117,62 @@ def test_report(tool, report, tmp_path):
         assert f"assets/ablations_image_{plot}.png" in text
         assert (doc.parent / "assets" / f"ablations_image_{plot}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="holds no scores"):
-        report.write_report(doc, [tmp_path / "docs"], tool.load_studies())
+        report.write_report(doc, [tmp_path / "docs"], studies.load_studies())
+    with pytest.raises(ValueError, match="has no place for costs: it needs the lines <!-- costs"):
+        report.write_report(folder / "config.yaml", [], studies.load_studies())
+    (folder / "scores.json").write_text(json.dumps({"00000040": score | {"samples": 65}}))
+    with pytest.raises(ValueError, match=r"holds scores of \[64, 65\] samples"):
+        report.write_report(doc, [tmp_path / "image"], studies.load_studies())
+
+
+BASE = """
+model: ImageDiffit-Tiny
+network: {num_classes: 10, in_channels: 1}
+steps: 2
+batch_size: 4
+precision: fp32
+save_every: 1
+keep_every: 1
+tracker: none
+evaluation: {samples: 8, batch_size: 8}
+data: {name: fashion_mnist, flip: false}
+codec: {vae: pixels, factor: 1}
+sampling: {sampler: heun, num_sampling_steps: 2}
+"""
+
+
+def test_run_goes_on_and_refuses_to_mix(tool, tmp_path, capsys, monkeypatch):
+    """Two variants are trained and scored; the same command does nothing, another budget or network is refused."""
+    monkeypatch.setattr("scoring.HELD_OUT_IMAGES", 20)
+    base, out = tmp_path / "base.yaml", tmp_path / "out"
+    base.write_text(BASE)
+    command = ["run", str(base), "--out", str(out), "--seeds", "5", "--device", "cpu", "--variants"]
+    assert tool.main([*command, "tmsa", "bias"]) == 0
+    paths = {name: out / name / "5" / "scores.json" for name in ("tmsa", "bias")}
+    scores = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    assert {name: list(found) for name, found in scores.items()} == {
+        "tmsa": ["00000001", "00000002"],
+        "bias": ["00000002"],
+    }
+    last = scores["bias"]["00000002"]
+    assert last["samples"] == 8
+    assert 0 <= last["accuracy"] <= 1
+    assert last["frechet"] > 0
+    assert last["held_out_loss"] > 0
+    written = {name: path.stat().st_mtime_ns for name, path in paths.items()}
+    assert tool.main([*command, "tmsa", "bias"]) == 0
+    assert {name: path.stat().st_mtime_ns for name, path in paths.items()} == written
+    for flags, words in (
+        (["tmsa", "--steps", "3"], "bias/5 was trained with other settings (steps: 2, now 3): choose another --out"),
+        (
+            ["bias", "--network.num_classes", "3"],
+            "bias/5 was trained with other settings (network.num_classes: 10, now 3)",
+        ),
+        (["tmsa", "--run_dir", "there"], "--run_dir follows from --out: leave it out"),
+        (["tmsa", "--network.num_classes", "0"], "a network without classes cannot be scored by them"),
+        (["sigmoid"], "ImageDiffit-Tiny has no variant 'sigmoid': choose of tmsa, "),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            tool.main([*command, *flags])
+        assert words in capsys.readouterr().err

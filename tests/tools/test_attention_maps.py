@@ -19,21 +19,21 @@ def tool():
 
 @torch.no_grad()
 def test_the_row_of_a_token(tool):
-    """Token (1, 2) of 4 x 4, against Eq. 3-6 by hand on what the first block was given; the second half is not kept."""
+    """Token (1, 2) of 4 x 4, against Eq. 3-6 by hand on what the first block was given."""
     model = random_network(NETWORK)
     given = []
     model.blocks[0].attn.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
     x, t, y = torch.randn(4, 4, 8, 8), torch.full((4,), 7.0), torch.tensor([0, 1, 3, 3])
     expected = model(x, t, y)
-    recorder = tool.Recorder((0.25, 0.5), count=2)
-    assert recorder.watch(model) == ["blocks.0.attn", "blocks.1.attn"]
-    torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-5)
+    maps = tool.watch(model, (0.25, 0.5))
+    assert list(maps) == ["block 0", "block 1"]
+    torch.testing.assert_close(model(x, t, y), expected, rtol=0, atol=0)
     attn = model.blocks[0].attn
     tokens, cond = given[0]
-    q, k, _ = (attn.qkv(tokens) + attn.qkv_temb(cond)[:, None, None])[:2, 0].view(2, 16, 3, 4, 8).unbind(2)
+    q, k, _ = (attn.qkv(tokens) + attn.qkv_temb(cond)[:, None, None])[:, 0].view(4, 16, 3, 4, 8).unbind(2)
     scores = torch.einsum("bhd,bnhd->bhn", q[:, 6], k) / math.sqrt(8) + attn.position_bias()[0, :, 6]
     by_hand = 16 * scores.softmax(-1).mean(1).unflatten(-1, (4, 4))
-    np.testing.assert_allclose(recorder.maps["blocks.0.attn"], by_hand.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(maps["block 0"], by_hand.numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"conditioning": "adaln"}, {"encoder": "plain", "decoder": "plain"}])
@@ -41,11 +41,12 @@ def test_the_row_of_a_token(tool):
 def test_windows(tool, settings):
     """Of networks with and without time in their attention: all weights are in the token's window, and sum to 1."""
     model = random_network(model_config("ImageDiffit-Tiny", **settings))
-    recorder = tool.Recorder((0.5, 0.3), count=1)
-    names = recorder.watch(model)
+    maps = tool.watch(model, (0.5, 0.3))
+    names = list(maps)
     model(torch.randn(1, 3, 32, 32), torch.tensor([0.3]))
-    assert len(names) == len(recorder.maps) == 3
-    for seen in recorder.maps.values():
+    assert names == list(maps)
+    assert len(maps) == 3
+    for seen in maps.values():
         side = seen.shape[-1]
         inside = np.zeros((side, side), bool)
         top, left = (int(part * side) // 4 * 4 for part in (0.5, 0.3))
