@@ -69,6 +69,7 @@ _COLUMNS = {
     "speedup": ("speed-up", "{:.2f}x"),
     "images_per_s": ("images/s", "{:.3g}"),
     "peak_share": ("of peak", "{:.0%}"),  # of measured matrix products; of training that is the MFU
+    "memory_gib": ("peak memory", "{:.2f} GiB"),  # beside weights and optimizer; on CUDA
     "max_error": ("max error", "{:.2g}"),  # of the prediction, against the baseline's
     "rms_error": ("RMS error", "{:.2g}"),
     "whole_batch_s": ("whole batch", "{:.3g} s"),  # from noise to images
@@ -211,7 +212,7 @@ def measure_sampling(
         row = _row(name, precision, found[name], found["baseline"], batch, flops, device)
         probes = sorted(times)[:: max(1, len(times) // 3)]
         error = torch.stack([predict(name, t) - predict("baseline", t) for t in probes])
-        row |= {"images_per_s": row["images_per_s"] / len(times)}
+        row |= {"images_per_s": row["images_per_s"] / len(times)} | _peak_memory(calls[name], device)
         rows.append(row | {"max_error": error.abs().max().item(), "rms_error": error.square().mean().sqrt().item()})
     if not whole_batches or len(times) * sum(found[name] for name in variants) > seconds:
         return rows
@@ -288,9 +289,20 @@ def measure_training(
     found = interleaved(calls, device, rounds, seconds)
     flops = estimate(network).flops
     return [
-        _row(name, precision, found[name], found["baseline"], batch, flops, device)
+        _row(name, precision, found[name], found["baseline"], batch, flops, device) | _peak_memory(calls[name], device)
         for name, (_, precision) in variants.items()
     ]
+
+
+def _peak_memory(call: Callable[[], object], device: torch.device) -> Row:
+    """The most GiB that a call needs beside what there was; nothing but on CUDA."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return {"memory_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
 
 
 @cache

@@ -90,3 +90,10 @@ def on_main(world: World, function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def main_first(world: World, function: Callable[[], T]) -> T:
+    """Call a function on rank 0, then on the others, which find what it has downloaded; its error is everyone's."""
+    made: list[T] = []
+    on_main(world, lambda: made.append(function()))
+    return made[0] if made else function()

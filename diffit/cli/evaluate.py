@@ -10,13 +10,11 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
 
 from diffit.device import resolve_device
-from diffit.distributed import World, on_main, start, stop
+from diffit.distributed import World, main_first, on_main, start, stop
 from diffit.evaluation import fashion
 from diffit.evaluation.checks import check_images, check_labels, check_pair, class_labels
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
@@ -26,7 +24,6 @@ from diffit.evaluation.scores import Scores, load_reference, score_images, share
 from diffit.evaluation.statistics import SingularCovarianceWarning
 from diffit.files import write_atomically
 
-T = TypeVar("T")
 # Field of `Scores` -> what is printed before it, if it is defined; the last five are ADM's, in its order.
 LABELS = {
     "accuracy": "Classified as asked",
@@ -91,11 +88,11 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     """
     if args.json and not args.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
-    real, file = _main_first(world, lambda: _open(args))
+    real, file = main_first(world, lambda: _open(args))
     notes = on_main(world, lambda: _inspect(real, file))
     features = args.features if real else fashion.FEATURES
     kind, device = args.backend or "torch", resolve_device(args.device)
-    backend = _main_first(world, lambda: create_backend(kind, args.weights, features, device))
+    backend = main_first(world, lambda: create_backend(kind, args.weights, features, device))
     manifold, test, (first, end) = file.count > _NEIGHBOURS, None, share(file.count)
     with warnings.catch_warnings(record=True) as caught:  # for the bundled reference _inspect has said the same
         warnings.simplefilter("always" if real else "ignore", SingularCovarianceWarning)
@@ -156,13 +153,6 @@ def _lines(scores: Scores, test: Scores | None) -> list[str]:
         elif field in _NEEDS:
             lines.append(f"{label}: not defined, it needs {_NEEDS[field]}")
     return lines
-
-
-def _main_first(world: World, function: Callable[[], T]) -> T:
-    """Call a function on rank 0, then on the others, which find the downloads of rank 0; its error is everyone's."""
-    made: list[T] = []
-    on_main(world, lambda: made.append(function()))
-    return made[0] if made else function()
 
 
 def _find_samples(log_dir: Path | None) -> Path:

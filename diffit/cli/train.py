@@ -144,6 +144,8 @@ def _check(config: TrainConfig) -> None:
             f"--keep_every {config.keep_every} must be a multiple of --save_every {config.save_every}: other steps "
             "have no checkpoint"
         )
+    if not 0 <= config.seed < 2**64:
+        raise ValueError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
     if config.preview_every < 0:
         raise ValueError(f"--preview_every must be at least 0, not {config.preview_every}")
     _check_averages(config)

@@ -207,7 +207,10 @@ def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[
     if isinstance(images.source, ImageArrays):
         return []
     memory, stamps = folder / CHECKED, images.source.stamps()
-    known = np.load(memory) if memory.exists() else np.empty(0, np.uint64)
+    try:
+        known = np.load(memory)
+    except (OSError, ValueError):  # none yet, or damaged: look again
+        known = np.empty(0, np.uint64)
     fresh = np.flatnonzero(~np.isin(stamps, known)).tolist()
     batches = [fresh[first : first + 64] for first in range(0, len(fresh), 64)]
     found: list[Unreadable] = []

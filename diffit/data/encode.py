@@ -74,7 +74,8 @@ def encode(config: EncodeConfig) -> None:
             cache = open_cache(folder)
         else:
             codec = VAECodec(CodecConfig(config.vae), device)
-            images = open_images(data.name, data.path, config.image_size, codec.image_channels)
+            side, channels = config.image_size, codec.image_channels
+            images = distributed.main_first(world, lambda: open_images(data.name, data.path, side, channels))
             cache = encode_images(
                 *(images, codec, folder),
                 flip=config.flip,

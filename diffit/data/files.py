@@ -67,17 +67,16 @@ class ImageFiles:
     def stamps(self) -> NDArray[np.uint64]:
         """A number for each picture's file that changes with its name, size or time; in a ZIP with its checksum."""
         if self.root.is_dir():
-            found = (os.stat(self.root / name) for name in self.names)
-            texts = [f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in zip(self.names, found, strict=True)]
+            texts = [f"{name} {_size_and_time(self.root / name)}" for name in self.names]
         else:
             with zipfile.ZipFile(self.root) as archive:
                 texts = [f"{name} {archive.getinfo(name).CRC}" for name in self.names]
-        digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+        digests = b"".join(hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
         return np.frombuffer(digests, np.uint64)
 
     def fingerprint(self) -> str:
         """Of the names; the contents are not read."""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
 
     def _open(self, name: str) -> IO[bytes]:
         if self.root.is_dir():
@@ -86,6 +85,14 @@ class ImageFiles:
         if process not in self._archives:
             self._archives[process] = zipfile.ZipFile(self.root)
         return self._archives[process].open(name)
+
+
+def _size_and_time(path: Path) -> str:
+    try:
+        found = os.stat(path)
+    except OSError:  # a link to nothing: unreadable, which decoding it says
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def image_files(path: str | Path) -> ImageFiles:
@@ -129,7 +136,7 @@ def _walk(root: Path) -> Iterator[str]:
     """
     starts, seen = [root], set()
     while starts:
-        for folder, subfolders, files in os.walk(starts.pop(0)):
+        for folder, subfolders, files in os.walk(starts.pop(0), onerror=_refuse_folder):
             place, status = Path(folder), os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 subfolders.clear()
@@ -143,6 +150,10 @@ def _walk(root: Path) -> Iterator[str]:
             if place != root:
                 yield f"{relative.as_posix()}/"
             yield from ((relative / name).as_posix() for name in files if not _hidden(name))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ValueError(f"cannot read the folder {error.filename} ({error.strerror}): mend its permissions") from error
 
 
 def _members(path: Path) -> Iterable[str]:
@@ -203,5 +214,7 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
 
 def square_pixels(picture: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
     """The centre crop of a picture as uint8 [S, S, C]."""
+    if picture.mode.startswith("I;16"):  # convert() would clip its 65536 greys at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     pixels = np.array(centre_crop(picture.convert(MODES[channels]), size))
     return pixels.reshape(size, size, channels)

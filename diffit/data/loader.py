@@ -155,7 +155,7 @@ def open_training_set(
         ValueError, FileNotFoundError: in one sentence, for what is wrong with data or cache.
     """
     if isinstance(codec, PixelCodec):
-        images = open_images(config.name, config.path, image_size, channels)
+        images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
         unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers, run_dir))
         if unreadable and (not config.skip_unreadable or len(unreadable) == len(images)):
             raise UnreadableImagesError(unreadable)
@@ -175,7 +175,8 @@ def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path,
     finished = distributed.on_main(world, (folder / MANIFEST).exists)
     if finished and config.name == "folder" and config.path is None:
         return open_cache(folder)
-    images = open_images(config.name, config.path, image_size, codec.image_channels)
+    channels = codec.image_channels
+    images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
     if finished:
         cache = open_cache(folder)
         if cache.settings.data != images.source.fingerprint():

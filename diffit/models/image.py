@@ -74,7 +74,7 @@ class DiffiTResBlock(nn.Module):
 class PlainBlock(nn.Module):
     """A transformer block that knows nothing of DiffiT: neither convolution nor time in its attention (Table 4).
 
-    The first of a stage adds a projection of the conditioning token to all tokens: there alone the stage is told.
+    The first of a stage adds a projection of the conditioning token to all tokens: there alone it sees the condition.
     """
 
     def __init__(
@@ -216,8 +216,8 @@ class ImageDiffiT(nn.Module):
             y = torch.full(c_noise.shape, self.num_classes, device=c_noise.device)  # [B]
         if augment_labels is None:
             augment_labels = c_noise.new_zeros(len(c_noise), AUGMENT_LABELS)  # [B, 9]
-        told = self.augment_embedder(augment_labels)  # [B, F]
-        return self.t_embedder(c_noise, told) + self.y_embedder(y, drop_label)  # [B, E]
+        augment_emb = self.augment_embedder(augment_labels)  # [B, F]
+        return self.t_embedder(c_noise, augment_emb) + self.y_embedder(y, drop_label)  # [B, E]
 
     def forward(
         self,

@@ -167,10 +167,20 @@ class SampleFolder:
 
 
 def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
-    """Write samples as folder/000000.png, ..."""
-    folder.mkdir(exist_ok=True)
-    for offset, image in enumerate(images):
-        picture(image).save(folder / f"{first + offset:06d}.png")
+    """Write samples as folder/000000.png, ...
+
+    Raises:
+        ValueError: if the disk is full, or a file cannot be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        for offset, image in enumerate(images):
+            picture(image).save(folder / f"{first + offset:06d}.png")
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder} ({error.strerror}): free some space and run the same command again, it "
+            "continues from here"
+        ) from error
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:

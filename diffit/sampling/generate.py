@@ -169,9 +169,9 @@ def _background() -> Iterator[Callable[..., None]]:
 def _save(folder: SampleFolder, config: SampleConfig, indices: range, images: Tensor, labels: Tensor) -> None:
     """Write a batch, without what filled it up; waits for the device."""
     pixels, classes = (tensor[: len(indices)].cpu().numpy() for tensor in (images, labels))
-    folder.add(indices[0], pixels, classes)
-    if config.save_png:
+    if config.save_png:  # before the shard, which says that these samples are done
         save_pngs(folder.path / "png", indices[0], pixels)
+    folder.add(indices[0], pixels, classes)
 
 
 def _save_grid(folder: SampleFolder, names: Sequence[str]) -> None:

@@ -109,6 +109,11 @@ def load_run(
     _, found = find_checkpoint(path=newest / EMA_FILE)
     if found.network != description.network:
         raise ValueError(f"{folder.parent} holds a run of another network ({found.network}): choose another --run_dir")
+    if found.class_names != description.class_names:
+        raise ValueError(
+            f"{folder.parent} holds a run of other classes ({', '.join(found.class_names)}), the data now have "
+            f"{', '.join(description.class_names)}: give the same images, or choose another --run_dir"
+        )
     progress = _read_state(state, newest, found, device)
     state.step, state.skipped = progress["step"], progress["skipped"]
     if state.scaler.is_enabled():

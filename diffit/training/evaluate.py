@@ -55,7 +55,7 @@ def save_preview(draw: Draw, model: nn.Module, config: CheckpointConfig, path: P
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    titles = [names[label] for label in labels] if names else [str(number) for number in range(_IMAGES)]
+    titles = [names[label] if label < len(names) else str(label) for label in labels or range(_IMAGES)]
     save_grid(path, list(images.cpu().numpy()), titles)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffit.distributed import World
+from diffit.files import write_atomically
 from diffit.models.config import NetworkConfig
 from diffit.training.config import TrainConfig
 from diffit.training.estimate import estimate, in_words, measured_peak, peak_memory
@@ -104,8 +105,11 @@ class MetricLogger:
         if not self.world.is_main:
             return
         values = {"images": step * self.config.batch_size} | values
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+        except OSError as error:
+            self.info(f"step {step} could not be logged ({error.strerror}); the run goes on")
         if self.tracker is not None:
             self.tracker.log(step, {name: value for name, value in values.items() if value is not None})
 
@@ -113,7 +117,7 @@ class MetricLogger:
 def forget_later_lines(path: Path, last_step: int) -> None:
     """Drop from a log what was logged after the step that a run goes on from."""
     lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= last_step))
+    write_atomically(path, "".join(f"{line}\n" for line in lines if _step(line) <= last_step).encode())
 
 
 def _step(line: str) -> float:

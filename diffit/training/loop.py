@@ -52,6 +52,7 @@ def train(task: TrainTask) -> Path:
         check_data(data, description)
         state = create_state(config, description.network, device, world)
         load_run(state, checkpoints, description, device, world)
+        start = read_start(config)  # now: the file may be gone when a checkpoint is written
         batches = create_batches(data, state, config, description.network, device, world)
         ema = state.emas[EMA_FILE].model
 
@@ -79,7 +80,7 @@ def train(task: TrainTask) -> Path:
                 if saves or previews or scores or is_due(step, config.log_every):
                     log_step(logger, state, config)
                 if saves:
-                    named = config.checkpoint_config(data.class_names, made_by(task, step))
+                    named = config.checkpoint_config(data.class_names, made_by(task, step, start))
                     failed = save_run(state, checkpoints, config, named, world, must=last)
                     if failed:
                         logger.info(failed)
@@ -213,10 +214,15 @@ def log_step(logger: MetricLogger, state: TrainState, config: TrainConfig) -> No
     logger.metrics(state.step, **values)
 
 
-def made_by(task: TrainTask, step: int) -> str:
+def read_start(config: TrainConfig) -> str:
+    """What made the weights that --init_from names, or where they are; empty without it."""
+    if config.init_from is None:
+        return ""
+    source, found = find_start(config)
+    return found.made_by or str(source)
+
+
+def made_by(task: TrainTask, step: int, start: str) -> str:
     """The recipe, how far it was followed, and what it started from."""
     here = f"{task.recipe}, {step} steps of {task.config.batch_size} images"
-    if task.config.init_from is None:
-        return here
-    source, found = find_start(task.config)
-    return f"{here}, after {found.made_by or source}"
+    return f"{here}, after {start}" if start else here

@@ -1,6 +1,7 @@
 """Folders, ZIPs and named data sets: what is found, what is refused, and in which words."""
 
 import hashlib
+import os
 import pickle
 import zipfile
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffit.data.datasets import UnreadableImagesError, cifar10, fitting_labels, open_images
+from diffit.data.datasets import UnreadableImagesError, cifar10, fitting_labels, open_images, unreadable_images
 from diffit.data.files import image_files
 from tests.data.pictures import cut_off, write_pictures, zipped
 
@@ -196,3 +197,25 @@ def test_cifar10_in_its_own_files(tmp_path, monkeypatch):
 def test_cifar10_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not hold CIFAR-10"):
         cifar10(tmp_path)
+
+
+def test_16_bit_greys_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    image, _ = open_images("folder", str(tmp_path), 64, 1)[0]
+    assert (image[..., 0] == ramp >> 8).all()
+
+
+def test_a_link_to_nothing_is_an_unreadable_image(tmp_path):
+    root = write_pictures(tmp_path / "images", {"cat": 2})
+    (root / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    images = open_images("folder", str(root), 16, 3)
+    assert [image.name for image in unreadable_images(images, 0, tmp_path)] == [f"{root}/cat/gone.png"]
+
+
+def test_names_need_not_be_utf_8(tmp_path):
+    root = write_pictures(tmp_path / "images", {"": 1})
+    (root / "000.png").rename(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png"))
+    images = open_images("folder", str(root), 16, 3)
+    assert len(images.source.fingerprint()) == 16
+    assert unreadable_images(images, 0, tmp_path) == []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffit import load_model
 from diffit.training import loop
 from diffit.training.checkpointing import complete_checkpoints, integrity_error, write_failure
 from diffit.training.stopping import EXIT_CODE, StopSignals
@@ -194,6 +195,52 @@ def test_damaged_images_are_found_before_the_first_step(flags, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
     mended.write_bytes((images / "7" / "000.png").read_bytes())
     run(flags, tmp_path / "run", *more)
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(flags, tmp_path, capsys):
+    take = loop.train_step
+
+    def fill(state, *others):
+        if state.step == 3:
+            (tmp_path / "log.jsonl").unlink()
+            (tmp_path / "log.jsonl").symlink_to("/dev/full")
+        return take(state, *others)
+
+    with replaced(loop, "train_step", fill):
+        run(flags, tmp_path)
+    assert "step 4 could not be logged (No space left on device); the run goes on" in capsys.readouterr().out
+    assert names(tmp_path) == ["00000004", "00000006"]
+
+
+def test_a_run_needs_its_starting_weights_once(flags, tmp_path):
+    first = run(flags, tmp_path / "first", "--steps", "2")
+    start = tmp_path / "start.safetensors"
+    start.write_bytes(first.read_bytes())
+    take = loop.train_step
+
+    def remove(state, *others):
+        start.unlink(missing_ok=True)
+        return take(state, *others)
+
+    with replaced(loop, "train_step", remove):
+        path = run(flags, tmp_path / "second", "--init_from", str(start))
+    assert load_model(path)[1].made_by.endswith("after command line, 2 steps of 8 images")
+
+
+def test_other_classes_in_the_same_folder_are_refused(flags, tmp_path):
+    images = write_pictures(tmp_path / "images", {"a": 3, "b": 3})
+    more = ["--data.name", "folder", "--data.path", str(images), "--network.num_classes", "2"]
+    run(flags, tmp_path / "run", *more, "--steps", "2", "--preview_every", "2")
+    (images / "a").rename(images / "z")
+    with pytest.raises(ValueError, match=r"a run of other classes \(a, b\), the data now have b, z: give"):
+        run(flags, tmp_path / "run", *more)
+
+
+def test_a_preview_with_more_classes_than_names(flags, tmp_path):
+    images = write_pictures(tmp_path / "images", {"a": 4, "b": 4})
+    more = ["--data.name", "folder", "--data.path", str(images), "--steps", "1", "--preview_every", "1"]
+    run(flags, tmp_path / "run", *more)
+    assert (tmp_path / "run" / "previews" / "00000001.png").exists()
 
 
 def test_the_last_and_every_nth_checkpoint_stay(flags, tmp_path):
