@@ -10,6 +10,7 @@ import pytest
 
 from diffit.files import exclusive
 from tests.conftest import ROOT
+from tests.small_models import write_fashion_files
 
 HOLD = """
 import pathlib, sys, time
@@ -47,3 +48,23 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to .*/file/run \(Not a directory\): choose another folder"):
         exclusive(tmp_path / "file" / "run").__enter__()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample.py", "--num_samples", "1", "--num_sampling_steps", "1", "--device", "cpu", "--log_dir"],
+        [
+            *("-m", "diffit.data.encode", "--data.name", "fashion_mnist", "--vae", "Diffit-Fashion-VAE"),
+            *("--image_size", "32", "--device", "cpu", "--data.path", "fashion", "--out"),
+        ],
+    ],
+    ids=["sample", "encode"],
+)
+def test_commands_share_no_folder(tmp_path, holder, command):
+    """As train.py does; see tests/training/test_lost.py."""
+    data = str(write_fashion_files(tmp_path / "fashion", count=4))
+    command = [data if word == "fashion" else word for word in command]
+    result = subprocess.run([sys.executable, *command, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2
+    assert f"error: {tmp_path} is in use by process {holder.pid} on " in result.stderr

@@ -78,3 +78,14 @@ def test_none_is_none(flags, tmp_path):
     run(flags, tmp_path, "--tracker", "none", "--steps", "1")
     assert not (tmp_path / "tensorboard").exists()
     assert len(log_of(tmp_path)) == 1
+
+
+def test_tensorboard_leaves_tensorflow_alone(flags, tmp_path):
+    """It would load it, with a page of log lines, where it is installed; here a module of that name ends the run."""
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')")
+    script = "import sys; from tests.training.runs import run; run(sys.argv[2:], sys.argv[1], '--steps', '1')"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), *flags]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
