@@ -229,3 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -197,3 +197,7 @@ def _check_averages(config: TrainConfig) -> None:
             raise ValueError(f"--ema_decay must lie in [0, 1), not {value}")
         if config.ema_half_life is not None and value <= 0:
             raise ValueError(f"--ema_half_life must be above 0 images, not {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
