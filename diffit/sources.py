@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import SafetensorError, safe_open
 
 from diffit.config import PIXELS, CodecConfig
-from diffit.diffusion.config import SAMPLERS, GuidanceConfig, ProcessSettings, SamplingConfig
+from diffit.diffusion.config import SAMPLERS, GuidanceConfig, ProcessSettings, SamplingConfig, fitting_processes
 from diffit.files import quiet_hub
 from diffit.models.config import ZOO, DiffiTConfig, NetworkConfig, model_config
 
@@ -88,8 +88,8 @@ def default_config(
     codec = CodecConfig() if latent else CodecConfig(PIXELS, factor=1)
     if image_size is not None:
         network = replace(network, input_size=image_size // codec.factor)
-    process = process or ("gaussian" if latent else "edm")
-    steps = {"gaussian": 250, "edm": 18 if network.input_size <= 32 else 40, "flow": 50}[process]
+    process = process or fitting_processes("latents" if latent else "pixels")[0]
+    steps = ProcessSettings(process=process).process_config.default_steps(network.input_size)
     sampling = SamplingConfig(next(iter(SAMPLERS[process])), steps)
     _, guidance = RELEASED.get(network.input_size * codec.factor, ("", GuidanceConfig()))
     guidance = guidance if model == "Diffit" and process == "gaussian" else GuidanceConfig()

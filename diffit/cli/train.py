@@ -13,7 +13,7 @@ import yaml
 from diffit.cli.parser import answer_help, build_parser, config_first, fail, instantiate, parse, refuse
 from diffit.cli.settings import Command, fits, words_of
 from diffit.config import PIXELS
-from diffit.diffusion.config import check_process
+from diffit.diffusion.config import check_process, fitting_processes
 from diffit.files import as_tree
 from diffit.models.config import DiffiTConfig, model_config
 from diffit.ranks import detect_world
@@ -129,10 +129,10 @@ def _check_network(model: str, overrides: Mapping[str, Any]) -> None:
 
 def _check(config: TrainConfig) -> None:
     network = model_config(config.model, **config.network)
-    fitting = ("gaussian", "latents") if isinstance(network, DiffiTConfig) else ("edm", "pixels")
-    seen = "pixels" if config.codec.vae == PIXELS else "latents"
-    if config.process not in (fitting[0], "flow") or seen != fitting[1]:
-        raise ValueError(f"{config.model} needs --process {fitting[0]} or flow and a --codec.vae of {fitting[1]}")
+    space = "latents" if isinstance(network, DiffiTConfig) else "pixels"
+    seen, fitting = "pixels" if config.codec.vae == PIXELS else "latents", fitting_processes(space)
+    if config.process not in fitting or seen != space:
+        raise ValueError(f"{config.model} needs --process {' or '.join(fitting)} and a --codec.vae of {space}")
     check_process(config.process_config, config.sampling, config.guidance)
     if not 0 <= config.data.augment <= 1 or (config.data.augment and config.codec.vae != PIXELS):
         raise ValueError(f"--data.augment is a probability, and for pixels only: it cannot be {config.data.augment}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 _HERE = "diffit.diffusion"
 
@@ -81,6 +81,12 @@ class DiffusionConfig:
     implementation: ClassVar = f"{_HERE}.gaussian:create_process"
     guidance_schedules: ClassVar = ("constant", "power_cosine")
     own_sampling: ClassVar = ("eta", "clip_denoised")
+    spaces: ClassVar = ("latents",)  # of what the networks see that are trained with it
+
+    @staticmethod
+    def default_steps(input_size: int) -> int:
+        """How many steps sampling takes if nothing else is recommended, for a network of that side."""
+        return 250
 
     @property
     def num_timesteps(self) -> int:
@@ -112,8 +118,14 @@ class EDMConfig:
     implementation: ClassVar = f"{_HERE}.edm:EDM"
     guidance_schedules: ClassVar = ("constant",)
     own_sampling: ClassVar = ("s_churn", "s_min", "s_max", "s_noise")
+    spaces: ClassVar = ("pixels",)
     learn_sigma: ClassVar = False
     num_timesteps: ClassVar = None  # the network is asked about ln(sigma)/4: there are no timesteps
+
+    @staticmethod
+    def default_steps(input_size: int) -> int:
+        """As the paper samples CIFAR-10 and FFHQ-64."""
+        return 18 if input_size <= 32 else 40
 
 
 @dataclass(frozen=True)
@@ -131,11 +143,22 @@ class FlowConfig:
     implementation: ClassVar = f"{_HERE}.flow:FlowMatching"
     guidance_schedules: ClassVar = ("constant",)
     own_sampling: ClassVar = ()
+    spaces: ClassVar = ("latents", "pixels")
     learn_sigma: ClassVar = False
     num_timesteps: ClassVar = 1000  # the network is asked at 1000 t
 
+    @staticmethod
+    def default_steps(input_size: int) -> int:
+        """Of Euler; a round number, not tuned."""
+        return 50
+
 
 ProcessConfig = DiffusionConfig | EDMConfig | FlowConfig
+
+
+def fitting_processes(space: str) -> list[str]:
+    """The processes for networks of `latents` or of `pixels`; the first one is the default."""
+    return [process.name for process in get_args(ProcessConfig) if space in process.spaces]
 
 
 @dataclass(frozen=True)
@@ -210,8 +233,8 @@ class ProcessSettings:
     @property
     def process_config(self) -> ProcessConfig:
         """The node of the process that is used."""
-        nodes: tuple[ProcessConfig, ...] = (self.diffusion, self.edm, self.flow)
-        return next(node for node in nodes if node.name == self.process)
+        nodes = [getattr(self, each.name) for each in fields(ProcessSettings)]
+        return next(node for node in nodes if isinstance(node, ProcessConfig) and node.name == self.process)
 
 
 def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
@@ -225,7 +248,7 @@ def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: Gu
     if sampling.sampler not in SAMPLERS[name]:
         choices = " or ".join(SAMPLERS[name])
         raise ValueError(f"the {sampling.sampler} sampler does not fit the {name} process: choose {choices}")
-    foreign = {setting for other in (DiffusionConfig, EDMConfig, FlowConfig) for setting in other.own_sampling}
+    foreign = {setting for other in get_args(ProcessConfig) for setting in other.own_sampling}
     for setting in fields(sampling):
         is_foreign = setting.name in foreign - set(process.own_sampling)
         if is_foreign and getattr(sampling, setting.name) != setting.default:
