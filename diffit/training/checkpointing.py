@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from diffit import distributed
 from diffit.checkpoint import load_weights, save_checkpoint
 from diffit.distributed import World
-from diffit.files import as_tree, difference, first_line, write_atomically
+from diffit.files import first_line
 from diffit.sources import CheckpointConfig, find_checkpoint
 from diffit.training.config import TrainConfig
 from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
@@ -37,12 +36,6 @@ from diffit.training.step import TrainState
 EMA_FILE, STATE_FILE, STATE_FOLDER, PROGRESS_FILE = "ema.safetensors", "state.pt", "state", "progress.json"
 MARKER = "complete.json"
 _PIECE = 1 << 24
-# Settings without which a checkpoint means something else, and those that do not change what a run learns.
-_FIXED = ("process", "diffusion", "edm", "flow", "codec")
-_FREE = {
-    *("run_dir", "dry_run", "log_every", "save_every", "keep", "keep_every", "preview_every", "evaluation"),
-    *("sampling", "guidance", "max_skipped", "rank_timeout", "tracker", "data.workers", "data.path", "data.cache"),
-}
 
 
 def ema_files(config: TrainConfig) -> list[str]:
@@ -118,25 +111,6 @@ def load_run(
     state.step, state.skipped = progress["step"], progress["skipped"]
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(progress["scaler"])
-
-
-def record_start(run_dir: Path, config: TrainConfig, step: int) -> str:
-    """Write config.yaml, and add the settings to starts.jsonl; returns what changed since the last start, if anything.
-
-    Raises:
-        ValueError: if a run that has taken steps cannot go on with these settings.
-    """
-    path, settings = run_dir / "starts.jsonl", as_tree(config)
-    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    before = starts[-1]["settings"] if starts and step else settings
-    lost = difference({key: before[key] for key in _FIXED}, {key: settings[key] for key in _FIXED})
-    if lost:
-        raise ValueError(f"{run_dir} holds a run of other settings ({lost}): choose another --run_dir")
-    changed = difference(before, settings, _FREE)
-    lines = [json.dumps(line) for line in (*starts, {"step": step, "changed": changed, "settings": settings})]
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-    write_atomically(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
-    return changed
 
 
 def _write_state(state: TrainState, folder: Path, description: CheckpointConfig, world: World) -> None:

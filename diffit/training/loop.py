@@ -19,13 +19,14 @@ from diffit.distributed import World
 from diffit.files import exclusive
 from diffit.models.config import NetworkConfig, model_config
 from diffit.sources import CheckpointConfig
-from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
+from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
 from diffit.training.ema import EMA, ema_decays
 from diffit.training.evaluate import create_draw, create_scorer, save_preview
 from diffit.training.init import initial_model
 from diffit.training.logging import MetricLogger
 from diffit.training.parallel import apply_activation_checkpointing, is_sharded, parallelize, shard
+from diffit.training.starts import record_start
 from diffit.training.step import TrainState, train_step
 from diffit.training.stopping import Stopped, StopSignals
 
@@ -49,7 +50,7 @@ def train(task: TrainTask) -> Path:
         distributed.on_main(world, lambda: held.enter_context(exclusive(run_dir)))
         data = open_data(config, run_dir, world, device)
         description = config.checkpoint_config(data.class_names, "")
-        check_data(data, description)
+        check_fit(data, description)
         state = create_state(config, description.network, device, world)
         load_run(state, checkpoints, description, device, world)
         start = read_start(config)  # now: the file may be gone when a checkpoint is written
@@ -155,7 +156,7 @@ def check_shares(config: TrainConfig, world: World) -> None:
         )
 
 
-def check_data(data: TrainingSet, description: CheckpointConfig) -> None:
+def check_fit(data: TrainingSet, description: CheckpointConfig) -> None:
     """Refuse data that the network does not take.
 
     Raises:
