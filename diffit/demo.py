@@ -19,12 +19,14 @@ import gradio as gr
 import numpy as np
 from gradio.components import Component
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 from diffit.checkpoint import load_weights
 from diffit.codec import Codec, create_codec
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion.config import SAMPLERS
+from diffit.sampling.attention import Position, average, watch
 from diffit.sampling.config import AppTask
 from diffit.sampling.folder import draw_grid, picture
 from diffit.sampling.images import class_names, sample_images
@@ -33,10 +35,11 @@ from diffit.sources import CheckpointConfig
 _SECONDS = 0.1  # between two pictures of a sample on its way
 _PATIENCE = 4  # times as long as a picture takes, which slow VAEs may, so that denoising stays most of the work
 _MOST_PICTURES = 36  # of a sweep
+_MOMENTS = 8  # of the strip of attention maps
 _CSS = """
 .gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
 .picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
-.sweep img {padding-top: 2.5em; background: white}
+.sweep img, .attention img {padding-top: 2.5em; background: white}
 .command textarea {font-family: var(--font-mono); font-size: var(--text-sm)}
 progress {appearance: none; width: 100%; height: 0.5em; border: none; background: var(--border-color-primary)}
 progress::-webkit-progress-bar {background: var(--border-color-primary)}
@@ -62,11 +65,12 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Frame:
-    """A sample on its way: how far it is, 0 to 1, and in words; its image uint8 [H, W, C]."""
+    """A sample on its way: how far it is, 0 to 1, and in words; its image uint8 [H, W, C]; what `look` saw."""
 
     done: float
     words: str
     image: NDArray[np.uint8]
+    seen: Any = None
 
 
 def serve(task: AppTask) -> None:
@@ -139,10 +143,13 @@ def read_settings(
     return settings | {"class_labels": label, "cfg_scale": cfg_scale, "guidance.schedule": schedule}
 
 
-def denoise(demo: Demo, settings: Settings, stop: threading.Event | None = None) -> Iterator[Frame]:
+def denoise(
+    demo: Demo, settings: Settings, stop: threading.Event | None = None, look: Callable[[], Any] | None = None
+) -> Iterator[Frame]:
     """The states of a sample while `sample_images` draws it in a thread, the finished image last.
 
-    To set `stop`, or to close the generator, ends the thread at its next step.
+    To set `stop`, or to close the generator, ends the thread at its next step. `look` sees something of the network
+    after each step that is shown, and then all steps are.
 
     Raises:
         ValueError: if a setting does not fit.
@@ -159,8 +166,9 @@ def denoise(demo: Demo, settings: Settings, stop: threading.Event | None = None)
         if closed.is_set() or (stop is not None and stop.is_set()):
             raise InterruptedError
         before = time.monotonic()
-        if before >= due and step < num_steps:
-            frames.put(Frame(step / num_steps, f"step {step} of {num_steps}", demo.codec.decode(x)[0].cpu().numpy()))
+        if step < num_steps and (before >= due or look):
+            image = demo.codec.decode(x)[0].cpu().numpy()
+            frames.put(Frame(step / num_steps, f"step {step} of {num_steps}", image, look and look()))
             now = time.monotonic()
             due = now + max(_SECONDS, _PATIENCE * (now - before))
 
@@ -168,7 +176,7 @@ def denoise(demo: Demo, settings: Settings, stop: threading.Event | None = None)
         try:
             config = replace(demo.config, guidance=guidance)
             images, _ = sample_images(demo.model, config, 1, **arguments, codec=demo.codec, callback=show)
-            frames.put(Frame(1.0, f"done in {time.monotonic() - start:.1f} s", images[0]))
+            frames.put(Frame(1.0, f"done in {time.monotonic() - start:.1f} s", images[0], look and look()))
         except Exception as error:  # raised where the frames are read, if they still are
             frames.put(error)
 
@@ -226,15 +234,12 @@ def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
             line = command(demo, settings) if frame.done == 1 else None
             yield _progress(frame.done, frame.words), picture(frame.image), line
 
-    with gr.Row():
-        steps = gr.Textbox(str(demo.config.sampling.num_sampling_steps), label="Steps", min_width=120)
-        recommended, guided = demo.config.guidance.scale, bool(demo.names)
-        scale = gr.Number(recommended, label="Guidance scale", step=0.1, min_width=120, visible=guided)
+    steps_and_scale = _steps_and_scale(demo)
     shown = _image("picture", height="min(24rem, 84vw)")
     line = gr.Textbox(
         label="The same picture, as logs/app/png/000000.png", buttons=["copy"], elem_classes="command", render=False
     )
-    _run_below("Generate", run, [*common, steps, scale], [shown, line])
+    _run_below("Generate", run, [*common, *steps_and_scale], [shown, line])
 
 
 def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
@@ -265,7 +270,66 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
     _run_below("Sweep", run, inputs, [_image("sweep")])
 
 
-TABS: dict[str, Callable[[Demo, Sequence[Component]], None]] = {"One picture": picture_tab, "Sweep": sweep_tab}
+def attention_tab(demo: Demo, common: Sequence[Component]) -> None:
+    """Where a token looks while a picture comes into being: pictures, and below them maps, over the steps."""
+
+    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
+        *fields, row, column = values
+        settings, at = read_settings(demo, *fields), (row / 100, column / 100)
+        frames: list[Frame] = []
+        with watch(demo.model, at) as maps:
+            for frame in denoise(demo, settings, stop, lambda: average([seen[:1] for seen in maps.values()])[0]):
+                frames.append(frame)
+                chosen = np.linspace(0, len(frames) - 1, min(_MOMENTS, len(frames))).round().astype(int)
+                yield _progress(frame.done, frame.words), draw_attention([frames[i] for i in chosen], at)
+
+    gr.Markdown(
+        "Below each picture: where the token in the red box looks, mean over heads and blocks. 2x is twice as much as "
+        "if it looked everywhere alike."
+    )
+    steps_and_scale = _steps_and_scale(demo)
+    with gr.Row():
+        token = [
+            gr.Slider(0, 99, 50, step=1, label=f"{axis} of the token, % of the side") for axis in ("Row", "Column")
+        ]
+    inputs = [*common, *steps_and_scale, *token]
+    _run_below("Watch", run, inputs, [_image("attention")])
+
+
+def draw_attention(frames: Sequence[Frame], at: Position) -> Image.Image:
+    """Images and, below them, maps [S, S] of what a token sees, the token marked in both; a column a frame."""
+    highest = max(float(np.nanmax(frame.seen)) for frame in frames)
+    images, titles = [], []
+    for is_map in (False, True):
+        for frame in frames:
+            side, tokens = len(frame.image), len(frame.seen)
+            shown = picture(frame.image).convert("RGB")
+            if is_map:
+                grey = Image.fromarray(np.nan_to_num(255 * frame.seen / highest).astype(np.uint8))
+                coloured = ImageOps.colorize(grey, "#220044", "#ffee44", mid="#cc3355")
+                shown = coloured.resize((side, side), Image.Resampling.NEAREST)
+            top, left = (int(part * tokens) * side // tokens for part in at)
+            box = (left, top, left + side // tokens - 1, top + side // tokens - 1)
+            ImageDraw.Draw(shown).rectangle(box, outline="red")
+            images.append(np.asarray(shown))
+            titles.append(f"up to {np.nanmax(frame.seen):.1f}x" if is_map else frame.words)
+    return draw_grid(images, titles, columns=len(frames))
+
+
+TABS: dict[str, Callable[[Demo, Sequence[Component]], None]] = {
+    "One picture": picture_tab,
+    "Sweep": sweep_tab,
+    "Attention": attention_tab,
+}
+
+
+def _steps_and_scale(demo: Demo) -> tuple[Component, Component]:
+    """Two fields side by side, as the checkpoint recommends."""
+    with gr.Row():
+        steps = gr.Textbox(str(demo.config.sampling.num_sampling_steps), label="Steps", min_width=120)
+        recommended, guided = demo.config.guidance.scale, bool(demo.names)
+        scale = gr.Number(recommended, label="Guidance scale", step=0.1, min_width=120, visible=guided)
+    return steps, scale
 
 
 def _image(style: str, height: str | None = None) -> gr.Image:

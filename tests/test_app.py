@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from diffit import load_model, sample_images
 from diffit.cli.app import parse_app
 from diffit.cli.sample import parse_sample
+from diffit.sampling.attention import average, watch
 from diffit.sampling.folder import draw_grid
 from diffit.sampling.generate import generate
 from tests.conftest import ROOT
@@ -64,6 +66,33 @@ def test_closing_the_frames_stops_the_sampling(tmp_path):
     frames.close()
     thread.join(timeout=1)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_attention_while_it_is_drawn(kind, tmp_path):
+    """The picture stays what it was; the maps are those of `sample_images`, at every step."""
+    if kind == "latent":
+        path = save_small_checkpoint(tmp_path, save_small_vae(tmp_path / "vae"))
+        fields = [2, 5, "ddim", "auto", "4", 2.5]
+    else:
+        path = save_small_image_checkpoint(tmp_path, num_classes=3)
+        fields = [1, 5, "heun", "constant", "3", 2.5]
+    page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
+    settings, at = demo.read_settings(page, *fields), (0.5, 0.25)
+    plain, expected = list(demo.denoise(page, settings)), []
+    config = replace(page.config, guidance=replace(page.config.guidance, schedule=settings.pop("guidance.schedule")))
+    with watch(page.model, at) as maps:
+
+        def look():
+            return average([seen[:1] for seen in maps.values()])[0]
+
+        sample_images(page.model, config, 1, **settings, callback=lambda *_: expected.append(look()))
+        frames = list(demo.denoise(replace(page, config=config), settings, look=look))
+    np.testing.assert_array_equal(frames[-1].image, plain[-1].image)
+    np.testing.assert_array_equal([frame.seen for frame in frames], expected)
+    assert len(frames) == int(fields[4])
+    strip = np.asarray(demo.draw_attention(frames, at))
+    assert (strip == (255, 0, 0)).all(-1).any()  # the token is marked
 
 
 def test_a_port_in_use_is_refused():
@@ -211,3 +240,18 @@ def test_sweep(page):
     ]
     expected = draw_grid(images, [f"s = {scale}, {steps} steps" for scale, steps in cells], columns=2)
     np.testing.assert_array_equal(np.asarray(image_of(page, "sweep")), np.asarray(expected))
+
+
+def test_attention(page):
+    """The strip of the tab's last moment holds the finished picture of `sample_images`, but for the mark."""
+    page.get_by_role("tab", name="Attention").click()
+    panel = page.get_by_role("tabpanel")
+    panel.get_by_label("Steps").fill("8")
+    press(page, "Watch")
+    wait_for(page, "done in")
+    model, config = load_model("Diffit-Fashion")
+    images, _ = sample_images(model, config, 1, class_labels=0, num_sampling_steps=8)
+    strip = np.asarray(image_of(page, "attention").convert("L"))
+    zoomed = images[0, :, :, 0].repeat(4, 0).repeat(4, 1)
+    shown = strip[28 : 28 + 128, -136:-8]
+    assert (shown == zoomed).mean() > 0.97
