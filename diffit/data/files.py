@@ -59,7 +59,14 @@ class ImageFiles:
 
     def picture(self, index: int) -> Image.Image:
         """Picture `index`, decoded. Raises whatever the decoder raises if it cannot be."""
-        with self._open(self.names[index]) as file:
+        name, process = self.names[index], os.getpid()
+        if self.root.is_dir():
+            file: IO[bytes] = open(self.root / name, "rb")  # noqa: SIM115 (closed below)
+        else:  # processes that share a handle would move each other's position in the file
+            if process not in self._archives:
+                self._archives[process] = zipfile.ZipFile(self.root)
+            file = self._archives[process].open(name)
+        with file:
             picture = Image.open(file)
             picture.load()
         return picture
@@ -77,14 +84,6 @@ class ImageFiles:
     def fingerprint(self) -> str:
         """Of the names; the contents are not read."""
         return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
-
-    def _open(self, name: str) -> IO[bytes]:
-        if self.root.is_dir():
-            return open(self.root / name, "rb")
-        process = os.getpid()  # processes that share a handle would move each other's position in the file
-        if process not in self._archives:
-            self._archives[process] = zipfile.ZipFile(self.root)
-        return self._archives[process].open(name)
 
 
 def _size_and_time(path: Path) -> str:
@@ -114,7 +113,8 @@ def image_files(path: str | Path) -> ImageFiles:
     names = tuple(name for name in files if _suffix(name) in SUFFIXES)
     ignored = Counter(_suffix(name) for name in files if _suffix(name) not in SUFFIXES)
     if not names:
-        others = f" (only {_counts(ignored)})" if ignored else ""
+        counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
+        others = f" (only {counts})" if ignored else ""
         raise ValueError(f"{root} holds no images{others}: --data.path must be a folder or a ZIP of images")
     classes = [_class_of(name[len(top) :]) for name in names]
     if "" in classes and len(set(classes)) > 1:
@@ -192,10 +192,6 @@ def _class_of(name: str) -> str:
 
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
-
-
-def _counts(ignored: Counter[str]) -> str:
-    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
