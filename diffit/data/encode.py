@@ -174,11 +174,7 @@ class _Making:
         return [self.folder / f"shard-{number:05d}.json" for number in range(count)]
 
     def prepare(self, skip_unreadable: bool) -> list[int]:
-        """Make the folder ready; returns the numbers of the shards to be made.
-
-        Raises:
-            ValueError: if it holds a cache of other settings.
-        """
+        """Make the folder ready; returns the numbers of the shards to be made."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings()
         for leftover in self.folder.glob("*.part"):
@@ -228,11 +224,7 @@ class _Making:
         write_atomically(note, json.dumps(asdict(shard)).encode())
 
     def finish(self, skip_unreadable: bool) -> None:
-        """Write the labels and, last, the manifest; the notes are in it.
-
-        Raises:
-            UnreadableImagesError: if there are any and they are not to be skipped, or no image is left.
-        """
+        """Write the labels and, last, the manifest; the notes are in it."""
         if (self.folder / MANIFEST).exists():
             return
         shards = [Shard.from_tree(json.loads(note.read_text())) for note in self.notes]

@@ -59,14 +59,7 @@ class ImageFiles:
 
     def picture(self, index: int) -> Image.Image:
         """Picture `index`, decoded. Raises whatever the decoder raises if it cannot be."""
-        name, process = self.names[index], os.getpid()
-        if self.root.is_dir():
-            file: IO[bytes] = open(self.root / name, "rb")  # noqa: SIM115 (closed below)
-        else:  # processes that share a handle would move each other's position in the file
-            if process not in self._archives:
-                self._archives[process] = zipfile.ZipFile(self.root)
-            file = self._archives[process].open(name)
-        with file:
+        with self._open(self.names[index]) as file:
             picture = Image.open(file)
             picture.load()
         return picture
@@ -84,6 +77,14 @@ class ImageFiles:
     def fingerprint(self) -> str:
         """Of the names; the contents are not read."""
         return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
+
+    def _open(self, name: str) -> IO[bytes]:
+        if self.root.is_dir():
+            return open(self.root / name, "rb")
+        process = os.getpid()  # processes that share a handle would move each other's position in the file
+        if process not in self._archives:
+            self._archives[process] = zipfile.ZipFile(self.root)
+        return self._archives[process].open(name)
 
 
 def _size_and_time(path: Path) -> str:
