@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +18,6 @@ from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_index
 from diffit.sources import METADATA_KEY, CheckpointConfig, find_named
 
-_INDEX = "relative_position_index"
-
 
 def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
     """The network of a config with the weights of a file, float32, in eval mode.
@@ -31,17 +28,16 @@ def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
     state = _read(path)
     with torch.device("meta"):
         model = build_model(config.network)
-    index = {name: state.pop(name) for name in list(state) if name.endswith(_INDEX)}
-    _check_fit(
-        path, {k: v.shape for k, v in state.items()}, {k: v.shape for k, v in model.state_dict().items()}, config
-    )
+    index = {name: state.pop(name) for name in list(state) if name.endswith("relative_position_index")}
+    _check_fit(path, state, model.state_dict(), config)
     network = config.network
     window = network.input_size // network.patch_size if isinstance(network, DiffiTConfig) else network.window_size
-    _check_index(path, index, window)
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # The released files carry the Swin index in every block. It is derived data: it must agree, and is not kept.
+    expected = relative_position_index(window)
+    for name, value in index.items():
+        if not torch.equal(value, expected):
+            raise ValueError(f"{path} orders its relative positions differently ({name}): it is not a DiffiT file")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    for name, parameter in model.named_parameters():  # assigning made them anew, as if all of them were trained
-        parameter.requires_grad_(trained[name])
     return model.eval()
 
 
@@ -66,35 +62,25 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _check_fit(path: Path, found: dict[str, Any], expected: dict[str, Any], config: CheckpointConfig) -> None:
+def _check_fit(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor], config: CheckpointConfig) -> None:
     if isinstance(config.network, DiffiTConfig) and "pos_embed" in found:
-        side = round(found["pos_embed"][1] ** 0.5) * config.network.patch_size
+        side = round(found["pos_embed"].shape[1] ** 0.5) * config.network.patch_size
         size = side * config.codec.factor
         if side != config.network.input_size:
             raise ValueError(
                 f"{path} was trained for {size}x{size} images, not {config.image_size}x{config.image_size}: "
                 f"add --image_size {size}, or give another file"
             )
-    wrong = [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} is not part of it" for name in found if name not in expected),
-        *(
-            f"{name} is {list(found[name])} instead of {list(expected[name])}"
-            for name in expected
-            if name in found and found[name] != expected[name]
-        ),
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is not part of it" for name in found if name not in expected]
+    wrong += [
+        f"{name} is {list(found[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
     ]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ValueError(f"{path} does not hold a {config.model}: {wrong[0]}{more}; check --model and --image_size")
-
-
-def _check_index(path: Path, index: dict[str, Tensor], window_size: int) -> None:
-    """The released files carry the Swin index in every block. It is derived data: it must agree, and is not kept."""
-    expected = relative_position_index(window_size) if index else None
-    for name, value in index.items():
-        if expected is None or not torch.equal(value, expected):
-            raise ValueError(f"{path} orders its relative positions differently ({name}): it is not a DiffiT file")
 
 
 def load_model(path_or_name: str | Path, image_size: int | None = None) -> tuple[nn.Module, CheckpointConfig]:

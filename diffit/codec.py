@@ -134,20 +134,20 @@ def _load_vae(reference: str):  # type: ignore[no-untyped-def]
     from diffusers import AutoencoderKL  # takes seconds, which pixels do not pay
 
     path = BUNDLED_VAES.get(reference, Path(reference))
-    source = str(path) if path.is_dir() else reference
-    if not path.is_dir() and reference.count("/") != 1:
+    local = path.is_dir()
+    if not local and reference.count("/") != 1:
         raise ValueError(
             f"there is no VAE '{reference}': give the folder of a diffusers AutoencoderKL, a Hub id such as "
             f"{STABILITY_VAE.format('ema')}, or one of {', '.join(BUNDLED_VAES)}"
         )
     try:
         # The small memory saving of low_cpu_mem_usage needs one more package.
-        with quiet_hub(None if path.is_dir() else reference):
-            return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+        with quiet_hub(None if local else reference):
+            return AutoencoderKL.from_pretrained(str(path) if local else reference, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         hint = (
             "check that the folder holds config.json and intact weights of a diffusers AutoencoderKL"
-            if path.is_dir()
+            if local
             else "check the network, or give --vae the folder of a copy"
         )
         raise ValueError(f"cannot load the VAE '{reference}' ({first_line(error)[:160]}): {hint}") from error

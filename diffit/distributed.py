@@ -21,12 +21,6 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=7)
 
 
-def _slurm_address() -> str:
-    """The first host of a Slurm node list: 'gpu[03-07,9]' -> 'gpu03'."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
-    return re.sub(r"^([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?.*$", lambda m: m[1] + (m[2] or ""), nodes)
-
-
 def start(device: torch.device, minutes: float = 10.0) -> World:
     """Join the other ranks, if there are any; give this one its GPU.
 
@@ -39,8 +33,10 @@ def start(device: torch.device, minutes: float = 10.0) -> World:
     if world.size == 1:
         return world
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            os.environ.setdefault("MASTER_ADDR", _slurm_address())
+        if "RANK" not in os.environ:  # tasks of Slurm meet on the first host of its list, 'gpu03' of 'gpu[03-07,9]'
+            nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+            host = re.sub(r"^([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?.*$", lambda m: m[1] + (m[2] or ""), nodes)
+            os.environ.setdefault("MASTER_ADDR", host)
             os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", 0)) % 1000))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(minutes=minutes)

@@ -25,9 +25,6 @@ try:
 except ImportError:  # Windows has no record locks: two commands in one folder are not told apart there
     fcntl = None  # type: ignore[assignment]
 
-_PIECE = 1 << 22
-_LOCK = ".lock"
-
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, rename it: it is whole, or it is not there.
@@ -35,16 +32,32 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: if it cannot be written; nothing is left behind, and an older file of that name is intact.
     """
+    with open_atomically(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """The same for a file that is written bit by bit; an error in the block leaves nothing behind."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def explained_write(what: str, advice: str) -> Iterator[None]:
+    """Says of an OSError, by ValueError, what cannot be written, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {what} ({error.strerror}): {advice}") from error
 
 
 @contextlib.contextmanager
@@ -57,13 +70,14 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: naming host and process of who has it, or if the folder cannot be written to.
     """
-    path = folder / _LOCK
-    while fcntl is not None:
-        try:
+    if fcntl is None:
+        yield
+        return
+    path = folder / ".lock"
+    while True:
+        with explained_write(f"to {folder}", "choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+")  # noqa: SIM115 (it stays open as long as the lock)
-        except OSError as error:
-            raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,9 +90,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # its last holder has just removed it
-    else:
-        yield
-        return
     with file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -110,7 +121,7 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal, read piece by piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
+        while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
 

@@ -21,18 +21,13 @@ class World:
         return self.rank == 0
 
 
-def _integers(*names: str) -> list[int] | None:
-    """The values of environment variables, or None unless all are set."""
-    values = [os.environ.get(name) for name in names]
-    return None if any(value is None for value in values) else [int(value) for value in values if value is not None]
-
-
 def detect_world() -> World:
     """Read torchrun's variables, else those of a Slurm task (srun), else be alone.
 
     An interactive Slurm shell also has variables of its job; SLURM_STEP_NUM_TASKS is set for tasks of srun alone.
     """
-    launched = _integers("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if launched is None:
-        launched = _integers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    return World(*launched[:3]) if launched else World()
+    torchrun, slurm = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    for names in (torchrun, slurm):
+        if all(name in os.environ for name in names):
+            return World(*(int(os.environ[name]) for name in names))
+    return World()

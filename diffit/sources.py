@@ -143,7 +143,12 @@ def find_checkpoint(
         source, config = _named(model or "Diffit-Fashion", image_size, flag)
     else:
         source = _given(str(path), flag)
-        config = read_metadata(source.path) or _assumed(source, model, image_size)
+        found = read_metadata(source.path)
+        if found is None and model is None:
+            named = f"name it with --model, one of {', '.join(ZOO)}"
+            hint = named if source.flag == Source.flag else f"{source.flag} takes files that do, as those of train.py"
+            raise ValueError(f"{source} does not say which model it holds: {hint}")
+        config = found or default_config(model or "", image_size)
     if model is not None and config.model != model:
         raise ValueError(f"{source} holds {config.model}, not {model}: drop --model, or give another file")
     if image_size is not None and config.image_size != image_size:
@@ -178,14 +183,6 @@ def _given(path: str, flag: str) -> Source:
         return Source(_download(f"{owner}/{repository}", name, flag))
     hint = "it is a folder; name the file in it" if file.is_dir() else "check the path"
     raise ValueError(f"there is no checkpoint file {path}: {hint}, or leave {flag} out")
-
-
-def _assumed(source: Source, model: str | None, image_size: int | None) -> CheckpointConfig:
-    if model is None:
-        named = f"name it with --model, one of {', '.join(ZOO)}"
-        hint = named if source.flag == Source.flag else f"{source.flag} takes files that do, as those of train.py"
-        raise ValueError(f"{source} does not say which model it holds: {hint}")
-    return default_config(model, image_size)
 
 
 def find_named(

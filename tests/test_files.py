@@ -17,7 +17,7 @@ import pathlib, sys, time
 from diffit.files import exclusive
 with exclusive(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -90,42 +90,27 @@ def draw_augmentation(generators: Sequence[np.random.Generator], probability: fl
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
     """images: float [B, c, h, w]. Returns the transformed ones; borders reflect, untouched images stay bit-equal."""
-    height, width = images.shape[-2:]
-    images = _flip(_flip(images, augmentation.x_flip, -1), augmentation.y_flip, -2)
-    source = augmentation.source_map(height, width)
+    for chosen, dim in ((augmentation.x_flip, -1), (augmentation.y_flip, -2)):
+        images = torch.where((chosen > 0).view(-1, 1, 1, 1), images.flip(dim), images)
+    source = augmentation.source_map(*images.shape[-2:])
     moved = (source != torch.eye(2, 3, dtype=source.dtype)).flatten(1).any(1).nonzero()[:, 0]
     if len(moved):
         images = images.index_copy(0, moved, resample(images[moved], source[moved]))
     return images
 
 
-def _flip(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
-    return torch.where((chosen > 0).view(-1, 1, 1, 1), images.flip(dim), images)
-
-
 def resample(images: Tensor, source: Tensor) -> Tensor:
     """Read images [B, c, h, w] at the source points of every output point. source: affine maps [B, 2, 3]."""
     B, c, h, w = images.shape
-    up, down = (_kernel(half, images.dtype) for half in (_UP, _DOWN))
+    taps = [torch.tensor(half[:0:-1] + half, dtype=torch.float64) for half in (_UP, _DOWN)]
+    up, down = (torch.outer(row, row)[None, None].to(images.dtype) for row in taps)  # each [1, 1, k, k]
     padded = F.pad(images, (2, 2, 2, 2), mode="reflect").reshape(B * c, 1, h + 4, w + 4)
     dense = F.conv_transpose2d(padded, up, stride=2, padding=8).view(B, c, 2 * h - 1, 2 * w - 1)
-    grid = _dense_points(source, h, w).to(images.dtype)  # [B, 2h+5, 2w+5, 2]
+    # Where the points of the dense output grid lie in the source, in half sides, as (x, y). The filter down needs a
+    # margin of 3 points.
+    maps = source / torch.tensor([[(w - 1) / 2], [(h - 1) / 2]], dtype=source.dtype)  # [B, 2, 3]
+    y, x = (torch.arange(-3, 2 * n + 2, dtype=source.dtype) / 2 - (n - 1) / 2 for n in (h, w))
+    per_x, per_y, offset = (maps[:, None, None, :, k] for k in range(3))  # each [B, 1, 1, 2]
+    grid = (x[:, None] * per_x + y[:, None, None] * per_y + offset).to(images.dtype)  # [B, 2h+5, 2w+5, 2]
     warped = F.grid_sample(dense, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
     return F.conv2d(warped.reshape(B * c, 1, 2 * h + 5, 2 * w + 5), down, stride=2).view(B, c, h, w)
-
-
-def _kernel(half: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """The separable kernel [1, 1, k, k] of a symmetric filter given by its right half."""
-    taps = torch.tensor(half[:0:-1] + half, dtype=torch.float64)
-    return torch.outer(taps, taps)[None, None].to(dtype)
-
-
-def _dense_points(source: Tensor, height: int, width: int) -> Tensor:
-    """Where the points of the dense output grid lie in the source, in half sides: [B, 2h+5, 2w+5, 2] as (x, y).
-
-    The grid has a margin of 3 points, which the filter down needs.
-    """
-    maps = source / torch.tensor([[(width - 1) / 2], [(height - 1) / 2]], dtype=source.dtype)  # [B, 2, 3]
-    y, x = (torch.arange(-3, 2 * n + 2, dtype=source.dtype) / 2 - (n - 1) / 2 for n in (height, width))
-    across, down, offset = (maps[:, None, None, :, k] for k in range(3))  # each [B, 1, 1, 2]
-    return x[:, None] * across + y[:, None, None] * down + offset

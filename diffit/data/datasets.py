@@ -45,8 +45,6 @@ FASHION_CLASSES = (
 )
 # Where Debian's dataset-fashion-mnist keeps the original files.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-CHECKED = "checked_images.npy"
-_NAMED_IN_ERRORS = 5
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ class Unreadable:
 
 
 def listing(images: Sequence[Unreadable]) -> str:
-    """How many images, and the names of the first few."""
-    shown = "; ".join(f"{image.name} ({image.reason})" for image in images[:_NAMED_IN_ERRORS])
-    more = len(images) - _NAMED_IN_ERRORS
+    """How many images, and the names of the first five."""
+    shown = "; ".join(f"{image.name} ({image.reason})" for image in images[:5])
+    more = len(images) - 5
     return f"{len(images)} image{'s' * (len(images) > 1)}: {shown}{f'; and {more} more' * (more > 0)}"
 
 
@@ -156,24 +154,12 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
         return replace(self, kept=indices if self.kept is None else self.kept[indices])
 
 
-@dataclass(frozen=True)
 class PixelDataset(Dataset[tuple[Tensor, int]]):
     """What a network of pixels learns from: key -> (x_start float32 [C, S, S] in [-1, 1], label)."""
 
-    images: ImageDataset
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of x_start."""
-        return self.images.channels, self.images.size, self.images.size
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        return self.images.labels
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.images.class_names
+    def __init__(self, images: ImageDataset) -> None:
+        self.images, self.labels, self.class_names = images, images.labels, images.class_names
+        self.shape = (images.channels, images.size, images.size)  # of x_start
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         image, label = self.images[key.image]
@@ -181,22 +167,13 @@ class PixelDataset(Dataset[tuple[Tensor, int]]):
         return x_start.flip(-1) if key.flip else x_start, label
 
 
-@dataclass(frozen=True)
-class _Decoded(Dataset[Any]):
-    """What a worker makes of a list of indices: see `ImageDataset.readable`."""
-
-    images: ImageDataset
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, list[Unreadable]]:
-        return self.images.readable(indices)
-
-
 def decode_ahead(
     images: ImageDataset, batches: Sequence[Sequence[int]], workers: int
 ) -> Iterator[tuple[Tensor, list[Unreadable]]]:
     """`images.readable` of each batch of indices, in their order, decoded ahead by worker processes."""
-    workers = worker_count(workers)
-    return iter(DataLoader(_Decoded(images), batch_sampler=batches, collate_fn=as_it_is, num_workers=workers))  # type: ignore[arg-type]
+    # A loader without a batch size takes each item, here the indices of a batch, through collate_fn by itself.
+    data: Any = batches
+    return iter(DataLoader(data, batch_size=None, collate_fn=images.readable, num_workers=worker_count(workers)))
 
 
 def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[Unreadable]:
@@ -206,7 +183,7 @@ def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[
     """
     if isinstance(images.source, ImageArrays):
         return []
-    memory, stamps = folder / CHECKED, images.source.stamps()
+    memory, stamps = folder / "checked_images.npy", images.source.stamps()
     try:
         known = np.load(memory)
     except (OSError, ValueError):  # none yet, or damaged: look again
@@ -226,11 +203,6 @@ def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[
 def worker_count(wanted: int) -> int:
     """No more workers than this rank may use cores."""
     return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def as_it_is(batch: Any) -> Any:
-    """The collate function of a data set that makes whole batches."""
-    return batch
 
 
 def open_images(name: DataName, path: str | None, size: int, channels: int) -> ImageDataset:
@@ -278,8 +250,11 @@ def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageAr
     Raises:
         FileNotFoundError: if a path is named that does not hold the files.
     """
-    folder = _fashion_folder(Path(path) if path else None)
-    stem = "train" if train else "t10k"
+    if not path and not DEBIAN_FASHION.is_dir():
+        from torchvision.datasets import FashionMNIST
+
+        path = _downloaded("Fashion-MNIST", lambda: FashionMNIST("data", download=True)).raw_folder
+    folder, stem = Path(path or DEBIAN_FASHION), "train" if train else "t10k"
     images = np.pad(_read_idx(folder, f"{stem}-images-idx3-ubyte"), ((0, 0), (2, 2), (2, 2)))
     labels = _read_idx(folder, f"{stem}-labels-idx1-ubyte")
     return ImageArrays(images[..., None], labels.astype(np.int64), FASHION_CLASSES)
@@ -309,23 +284,11 @@ def cifar10(path: str | Path | None = None) -> ImageArrays:
     return ImageArrays(data.data, np.asarray(data.targets, np.int64), tuple(data.classes))
 
 
-def _fashion_folder(path: Path | None) -> Path:
-    if path is not None or DEBIAN_FASHION.is_dir():
-        return path or DEBIAN_FASHION
-    from torchvision.datasets import FashionMNIST
-
-    return Path(_downloaded("Fashion-MNIST", lambda: FashionMNIST("data", download=True)).raw_folder)
-
-
 def _downloaded(name: str, download: Callable[[], T]) -> T:
-    """What a data set of torchvision downloads.
-
-    Raises:
-        ValueError: if it cannot; torchvision fails in several ways.
-    """
+    """What a data set of torchvision downloads."""
     try:
         return download()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torchvision fails in several ways
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"{name} cannot be downloaded ({reason}): check the network, or give --data.path the folder of a copy"

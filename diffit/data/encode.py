@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,20 +25,11 @@ from diffit import distributed
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.config import EncodeConfig
 from diffit.data.datasets import ImageDataset, Unreadable, UnreadableImagesError, decode_ahead, listing, open_images
-from diffit.data.latent_cache import (
-    MANIFEST,
-    CacheSettings,
-    LatentCache,
-    Shard,
-    open_cache,
-    shard_is_whole,
-    write_manifest,
-)
+from diffit.data.latent_cache import LABELS, MANIFEST, CacheSettings, LatentCache, Shard, open_cache, shard_is_whole
 from diffit.device import resolve_device, set_matmul_precision
 from diffit.distributed import World
-from diffit.files import difference, exclusive, npy_bytes, write_atomically
+from diffit.files import difference, exclusive, explained_write, npy_bytes, write_atomically
 
-SHARD_SIZE = 1024
 _SETTINGS = "settings.json"  # of a cache in the making
 _BATCH_PIXELS = 1 << 21  # 32 images at 256 pixels: a batch that fits small GPUs
 
@@ -89,7 +79,8 @@ def encode(config: EncodeConfig) -> None:
                 cache.verify()
             classes = f" in {len(cache.class_names)} classes" if cache.class_names else ""
             flips = "with mirror images" if cache.settings.flips == 2 else "without mirror images"
-            print(f"{folder}: {len(cache)} images{classes}, {flips}, {cache.num_bytes / 1e9:.3g} GB")
+            size = len(cache) * cache.settings.flips * np.prod(cache.shape) * 2  # bytes
+            print(f"{folder}: {len(cache)} images{classes}, {flips}, {size / 1e9:.3g} GB")
     finally:
         distributed.stop()
 
@@ -103,7 +94,7 @@ def encode_images(
     workers: int,
     world: World,
     skip_unreadable: bool = False,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int = EncodeConfig.shard_size,
 ) -> LatentCache:
     """Write what is missing of the latent cache of a data set, every rank its share, and open it.
 
@@ -121,7 +112,8 @@ def encode_images(
         ValueError: if images are unreadable, the folder holds a cache of other settings, or cannot be written.
     """
     making = _Making(folder, images, CacheSettings.of(images, codec, flip, shard_size))
-    with ExitStack() as held, _explained(folder):
+    advice = "free some space, or choose another folder, and run the same command again; finished shards are kept"
+    with ExitStack() as held, explained_write(f"latents to {folder}", advice):
         distributed.on_main(world, lambda: held.enter_context(exclusive(folder)))
         missing = distributed.on_main(world, lambda: making.prepare(skip_unreadable))
         _write_shards(making, codec, missing[world.rank :: world.size], workers, show=world.is_main)
@@ -133,17 +125,6 @@ def encode_images(
     return cache
 
 
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot write latents to {folder} ({error.strerror}): free some space, or choose another folder, and run "
-            "the same command again; finished shards are kept"
-        ) from error
-
-
 @torch.inference_mode()
 def _write_shards(making: _Making, codec: VAECodec, numbers: list[int], workers: int, show: bool) -> None:
     """Make these shards. Memory holds one of them, in float16 [n, F, 2c, h, w]."""
@@ -153,9 +134,8 @@ def _write_shards(making: _Making, codec: VAECodec, numbers: list[int], workers:
     decoded = decode_ahead(images, [indices for _, indices in batches], workers)
     parts: list[Tensor] = []
     unreadable: list[Unreadable] = []
-    with tqdm(
-        total=sum(map(len, map(making.indices, numbers))), desc="encoding images", unit="img", disable=not show
-    ) as bar:
+    total = sum(len(indices) for _, indices in batches)
+    with tqdm(total=total, desc="encoding images", unit="img", disable=not show) as bar:
         for (number, indices), (pixels, damaged) in zip(batches, decoded, strict=True):
             unreadable += damaged
             if len(pixels):
@@ -194,24 +174,30 @@ class _Making:
         return [self.folder / f"shard-{number:05d}.json" for number in range(count)]
 
     def prepare(self, skip_unreadable: bool) -> list[int]:
-        """Make the folder ready; returns the numbers of the shards to be made.
-
-        Raises:
-            ValueError: if it holds a cache of other settings.
-        """
+        """Make the folder ready; returns the numbers of the shards to be made."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings()
         for leftover in self.folder.glob("*.part"):
             leftover.unlink()
-        if self._is_finished():
-            return []
-        return [number for number, note in enumerate(self.notes) if not self._is_made(note, skip_unreadable)]
-
-    def _is_made(self, note: Path, skip_unreadable: bool) -> bool:
-        if not note.exists():
-            return False
-        shard = Shard.from_tree(json.loads(note.read_text()))
-        return shard_is_whole(self.folder, shard) and (skip_unreadable or not shard.unreadable)
+        manifest = self.folder / MANIFEST
+        if manifest.exists():
+            try:
+                open_cache(self.folder)
+            except ValueError:  # files are missing or damaged: the cache is in the making again
+                tree = json.loads(manifest.read_text())
+                write_atomically(self.folder / _SETTINGS, json.dumps({"settings": tree["settings"]}).encode())
+                for note, shard in zip(self.notes, tree["shards"], strict=True):
+                    write_atomically(note, json.dumps(shard).encode())
+                manifest.unlink()
+            else:
+                self._tidy()
+                return []
+        missing = []
+        for number, note in enumerate(self.notes):
+            made = Shard.from_tree(json.loads(note.read_text())) if note.exists() else None
+            if made is None or not shard_is_whole(self.folder, made) or (made.unreadable and not skip_unreadable):
+                missing.append(number)
+        return missing
 
     def _check_settings(self) -> None:
         wanted = asdict(self.settings)
@@ -227,24 +213,7 @@ class _Making:
                         "another folder, or delete that one"
                     )
                 return
-        self._write_json(self.folder / _SETTINGS, {"settings": wanted})
-
-    def _is_finished(self) -> bool:
-        """Whether the cache is complete; one whose files are missing or damaged is in the making again."""
-        path = self.folder / MANIFEST
-        if not path.exists():
-            return False
-        try:
-            open_cache(self.folder)
-        except ValueError:
-            tree = json.loads(path.read_text())
-            self._write_json(self.folder / _SETTINGS, {"settings": tree["settings"]})
-            for note, shard in zip(self.notes, tree["shards"], strict=True):
-                self._write_json(note, shard)
-            path.unlink()
-            return False
-        self._tidy()
-        return True
+        write_atomically(self.folder / _SETTINGS, json.dumps({"settings": wanted}).encode())
 
     def write(self, number: int, moments: Tensor, unreadable: list[Unreadable]) -> None:
         """A shard, and then the note that says that it is there."""
@@ -252,34 +221,35 @@ class _Making:
         checksum = hashlib.sha256(content).hexdigest()
         shard = Shard(f"{note.stem}.npy", len(moments), checksum, len(content), tuple(unreadable))
         write_atomically(self.folder / shard.file, content)
-        self._write_json(note, asdict(shard))
+        write_atomically(note, json.dumps(asdict(shard)).encode())
 
     def finish(self, skip_unreadable: bool) -> None:
-        """Write the labels and, last, the manifest; the notes are in it.
-
-        Raises:
-            UnreadableImagesError: if there are any and they are not to be skipped, or no image is left.
-        """
+        """Write the labels and, last, the manifest; the notes are in it."""
         if (self.folder / MANIFEST).exists():
             return
-        shards = tuple(Shard.from_tree(json.loads(note.read_text())) for note in self.notes)
+        shards = [Shard.from_tree(json.loads(note.read_text())) for note in self.notes]
         unreadable = [image for shard in shards for image in shard.unreadable]
         if unreadable and (not skip_unreadable or len(unreadable) == len(self.images)):
             raise UnreadableImagesError(unreadable)
         labels = np.delete(self.images.labels, [image.index for image in unreadable])
+        label_file = npy_bytes(labels)
         full = next(shard for shard in shards if shard.count)
-        channels, height, width = np.load(self.folder / full.file, mmap_mode="r").shape[2:]
-        names = self.images.class_names
-        write_manifest(LatentCache(self.folder, self.settings, (channels, height, width), names, labels, shards))
+        tree = {
+            "settings": asdict(self.settings),
+            "images": len(labels),
+            "shape": np.load(self.folder / full.file, mmap_mode="r").shape[2:],
+            "class_names": self.images.class_names,
+            "labels_sha256": hashlib.sha256(label_file).hexdigest(),
+            "shards": [asdict(shard) for shard in shards],
+        }
+        write_atomically(self.folder / LABELS, label_file)
+        write_atomically(self.folder / MANIFEST, json.dumps(tree, indent=1).encode())
         self._tidy()
 
     def _tidy(self) -> None:
         """Remove what only a cache in the making needs."""
         for path in (*self.notes, self.folder / _SETTINGS):
             path.unlink(missing_ok=True)
-
-    def _write_json(self, path: Path, tree: dict[str, object]) -> None:
-        write_atomically(path, json.dumps(tree).encode())
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def image_files(path: str | Path) -> ImageFiles:
     names = tuple(name for name in files if _suffix(name) in SUFFIXES)
     ignored = Counter(_suffix(name) for name in files if _suffix(name) not in SUFFIXES)
     if not names:
-        others = f" (only {_counts(ignored)})" if ignored else ""
+        counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
+        others = f" (only {counts})" if ignored else ""
         raise ValueError(f"{root} holds no images{others}: --data.path must be a folder or a ZIP of images")
     classes = [_class_of(name[len(top) :]) for name in names]
     if "" in classes and len(set(classes)) > 1:
@@ -192,10 +193,6 @@ def _class_of(name: str) -> str:
 
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
-
-
-def _counts(ignored: Counter[str]) -> str:
-    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -14,9 +14,8 @@ Letters: N images of the set, n of a shard, F flips (1 or 2), c latent channels,
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,9 @@ from diffit.codec import VAECodec, draw_latents
 from diffit.data.datasets import ImageDataset, Unreadable
 from diffit.data.sampler import Key
 from diffit.diffusion.noise import RandomStream, keyed_generator
-from diffit.files import npy_bytes, sha256, write_atomically
+from diffit.files import sha256
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
-FORMAT = 1
-CROP = "centre crop of ADM"
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class CacheSettings:
     data: str  # fingerprint of the data set
     num_images: int  # of the data set, with those that turn out unreadable
     shard_size: int
-    format: int = FORMAT
+    format: int = 1
 
     @classmethod
     def of(cls, images: ImageDataset, codec: VAECodec, flip: bool, shard_size: int) -> CacheSettings:
@@ -64,7 +61,7 @@ class CacheSettings:
             scaling_factor=codec.scaling_factor,
             image_size=images.size,
             channels=images.channels,
-            crop=CROP,
+            crop="centre crop of ADM",
             flips=1 + flip,
             data=images.source.fingerprint(),
             num_images=len(images),
@@ -120,11 +117,6 @@ class LatentCache:
         """Images of the data set that were left out."""
         return tuple(image for shard in self.shards for image in shard.unreadable)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all moments."""
-        return len(self) * self.settings.flips * int(np.prod(self.shape)) * 2
-
     def moments(self, index: int, flip: bool = False) -> Tensor:
         """Of an image, or of its mirror image: float16 [2c, h, w], in the memory of the file."""
         ends = self._ends
@@ -175,20 +167,18 @@ class LatentCache:
         """
         made, weights = self.settings, codec.weights_hash()
         if made.weights != weights:
-            raise ValueError(
-                f"the latents in {self.folder} were made with the VAE {made.vae} (weights {made.weights[:12]}), not "
-                f"{codec.reference} ({weights[:12]}): set --codec.vae to that one, or choose another --data.cache"
+            wrong = (
+                f"were made with the VAE {made.vae} (weights {made.weights[:12]}), not {codec.reference} "
+                f"({weights[:12]}): set --codec.vae to that one, or"
             )
-        if made.image_size != image_size:
-            raise ValueError(
-                f"the latents in {self.folder} are of images of {made.image_size}x{made.image_size}, but the network "
-                f"wants {image_size}x{image_size}: choose another --data.cache"
-            )
-        if flip and made.flips == 1:
-            raise ValueError(
-                f"the latents in {self.folder} hold no mirror images: add --data.flip False, or choose another "
-                "--data.cache"
-            )
+        elif made.image_size != image_size:
+            size, wanted = f"{made.image_size}x{made.image_size}", f"{image_size}x{image_size}"
+            wrong = f"are of images of {size}, but the network wants {wanted}:"
+        elif flip and made.flips == 1:
+            wrong = "hold no mirror images: add --data.flip False, or"
+        else:
+            return
+        raise ValueError(f"the latents in {self.folder} {wrong} choose another --data.cache")
 
 
 class LatentDataset(Dataset[tuple[Tensor, int]]):
@@ -248,22 +238,3 @@ def shard_is_whole(folder: Path, shard: Shard) -> bool:
     """Whether its file is there with all of its bytes."""
     path = folder / shard.file
     return path.exists() and path.stat().st_size == shard.bytes
-
-
-def write_manifest(cache: LatentCache) -> None:
-    """Write labels and, last, the manifest, which makes a cache finished.
-
-    Raises:
-        OSError: if they cannot be written.
-    """
-    labels = npy_bytes(cache.labels)
-    tree = {
-        "settings": asdict(cache.settings),
-        "images": len(cache),
-        "shape": cache.shape,
-        "class_names": cache.class_names,
-        "labels_sha256": hashlib.sha256(labels).hexdigest(),
-        "shards": [asdict(shard) for shard in cache.shards],
-    }
-    write_atomically(cache.folder / LABELS, labels)
-    write_atomically(cache.folder / MANIFEST, json.dumps(tree, indent=1).encode())

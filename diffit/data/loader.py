@@ -29,7 +29,6 @@ from diffit.data.datasets import (
     PixelDataset,
     Unreadable,
     UnreadableImagesError,
-    as_it_is,
     fitting_labels,
     listing,
     open_images,
@@ -66,7 +65,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NoisyBatches(Dataset[Batch]):
+class NoisyBatches(Dataset[Batch | ValueError]):
     """What a worker makes of the keys of a batch.
 
     Args:
@@ -85,7 +84,7 @@ class NoisyBatches(Dataset[Batch]):
     label_dropout: float
     augment: float = 0.0
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | ValueError:
+    def __getitem__(self, keys: Sequence[Key]) -> Batch | ValueError:
         """The batch, or what is wrong with its images: a DataLoader would bury the sentence of a raised error."""
         items: list[tuple[Tensor, int]] = []
         unreadable: list[Unreadable] = []
@@ -119,8 +118,8 @@ def training_batches(
     """
     loader = DataLoader(
         batches,
-        batch_sampler=sampler,
-        collate_fn=as_it_is,
+        batch_size=None,  # the data set makes whole batches itself
+        sampler=sampler,
         num_workers=worker_count(workers),
         worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",

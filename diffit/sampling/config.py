@@ -66,9 +66,7 @@ class SampleTask:
     def resolved(self) -> CheckpointConfig:
         """The checkpoint's config with what the command line changed in it."""
         nodes = {node.name: getattr(self.config, node.name) for node in fields(ProcessSettings)}
-        codec = self.checkpoint.codec
-        if self.config.vae:
-            codec = replace(codec, vae=self.config.vae)
+        codec = replace(self.checkpoint.codec, vae=self.config.vae or self.checkpoint.codec.vae)
         return replace(self.checkpoint, codec=codec, **nodes)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -21,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from diffit.files import difference, npz_member, write_atomically
+from diffit.files import difference, explained_write, npz_member, open_atomically, write_atomically
 
 MANIFEST = "manifest.json"
 GRID = "grid.png"
-_SHARDS = "shards"
+_ADVICE = "free some space and run the same command again"
 
 
 class SampleFolder:
@@ -39,7 +38,7 @@ class SampleFolder:
     def __init__(self, path: Path, num_samples: int) -> None:
         self.path = path
         self.num_samples = num_samples
-        self.shards = path / _SHARDS
+        self.shards = path / "shards"
 
     def prepare(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Make the folder ready for these settings; samples already made with the same ones stay.
@@ -49,42 +48,30 @@ class SampleFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            found = self._manifest().get("settings")
+            found = self.read_manifest().get("settings")
             if found != settings:
-                self._refuse(found, settings, overwrite)
-                self._clear()
+                made = any(self.path.glob("samples_*.npz")) or any(self.shards.glob("*.npz"))
+                if made and not overwrite:
+                    what = "no manifest says how" if found is None else difference(found, settings)
+                    raise ValueError(
+                        f"{self.path} holds samples made with other settings ({what}): choose another --log_dir, or "
+                        "add --overwrite True to replace them"
+                    )
+                # What this program writes goes, and nothing else.
+                self.discard_shards()
+                shutil.rmtree(self.path / "png", ignore_errors=True)
+                for file in (*self.path.glob("samples_*.npz"), self.path / GRID, self.path / MANIFEST):
+                    file.unlink(missing_ok=True)
                 self.write_manifest({"settings": settings, "complete": False})
             for leftover in (*self.path.glob("*.part"), *self.shards.glob("*.part")):
                 leftover.unlink()
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot write samples to {self.path} ({error}): choose another --log_dir") from error
 
-    def _refuse(self, found: dict[str, Any] | None, settings: dict[str, Any], overwrite: bool) -> None:
-        """Raise ValueError if there are samples that these settings did not make, and they are to stay."""
-        made = any(self.path.glob("samples_*.npz")) or any(self.shards.glob("*.npz"))
-        if overwrite or not made:
-            return
-        what = "no manifest says how" if found is None else difference(found, settings)
-        raise ValueError(
-            f"{self.path} holds samples made with other settings ({what}): choose another --log_dir, or add "
-            "--overwrite True to replace them"
-        )
-
-    def _manifest(self) -> dict[str, Any]:
+    def read_manifest(self) -> dict[str, Any]:
+        """What `write_manifest` wrote; empty if there is none."""
         path = self.path / MANIFEST
         return json.loads(path.read_text()) if path.exists() else {}
-
-    @property
-    def complete(self) -> bool:
-        """Whether the manifest was written after everything else."""
-        return bool(self._manifest().get("complete"))
-
-    def _clear(self) -> None:
-        """Remove what this program writes, and nothing else."""
-        self.discard_shards()
-        shutil.rmtree(self.path / "png", ignore_errors=True)
-        for file in (*self.path.glob("samples_*.npz"), self.path / GRID, self.path / MANIFEST):
-            file.unlink(missing_ok=True)
 
     def finished(self) -> Path | None:
         """The .npz of all samples, if it is there."""
@@ -111,14 +98,9 @@ class SampleFolder:
         """
         buffer = io.BytesIO()
         np.savez(buffer, images=images, labels=labels)
-        try:
+        with explained_write(f"to {self.shards}", f"{_ADVICE}, it continues from here"):
             self.shards.mkdir(exist_ok=True)
             write_atomically(self.shards / f"{first:08d}-{len(images):05d}.npz", buffer.getvalue())
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to {self.shards} ({error.strerror}): free some space and run the same command again, "
-                "it continues from here"
-            ) from error
 
     def stream(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         """Images [B, H, W, C] and labels [B] of all shards in order; a sample that two shards hold comes once."""
@@ -138,27 +120,17 @@ class SampleFolder:
         Raises:
             ValueError: if the disk is full.
         """
-        shape = next(self.stream())[0].shape[1:]
-        path = self.path / f"samples_{'x'.join(str(n) for n in (self.num_samples, *shape))}.npz"
-        temporary = path.with_suffix(".npz.part")
-        try:
-            with zipfile.ZipFile(temporary, "w") as archive:
-                with npz_member(archive, "arr_0", np.dtype(np.uint8), (self.num_samples, *shape)) as member:
-                    for images, _ in self.stream():
-                        member.write(images.tobytes())
-                if with_labels:
-                    with npz_member(archive, "arr_1", np.dtype(np.int64), (self.num_samples,)) as member:
-                        for _, labels in self.stream():
-                            member.write(labels.tobytes())
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ValueError(
-                f"cannot write {path} ({error.strerror}): free some space and run the same command again; the samples "
-                "are safe"
-            ) from error
+        shape = (self.num_samples, *next(self.stream())[0].shape[1:])
+        path = self.path / f"samples_{'x'.join(map(str, shape))}.npz"
+        explained = explained_write(str(path), f"{_ADVICE}; the samples are safe")
+        with explained, open_atomically(path) as file, zipfile.ZipFile(file, "w") as archive:
+            with npz_member(archive, "arr_0", np.dtype(np.uint8), shape) as member:
+                for images, _ in self.stream():
+                    member.write(images.tobytes())
+            if with_labels:
+                with npz_member(archive, "arr_1", np.dtype(np.int64), shape[:1]) as member:
+                    for _, labels in self.stream():
+                        member.write(labels.tobytes())
         return path
 
     def discard_shards(self) -> None:
@@ -172,15 +144,10 @@ def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
     Raises:
         ValueError: if the disk is full, or a file cannot be written.
     """
-    try:
+    with explained_write(f"to {folder}", f"{_ADVICE}, it continues from here"):
         folder.mkdir(exist_ok=True)
         for offset, image in enumerate(images):
             picture(image).save(folder / f"{first + offset:06d}.png")
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {folder} ({error.strerror}): free some space and run the same command again, it "
-            "continues from here"
-        ) from error
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:
@@ -208,15 +175,9 @@ def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], column
     for number, (image, title) in enumerate(zip(images, titles, strict=True)):
         left = gap + number % columns * cell_width
         top = gap + number // columns * cell_height
-        draw.text((left, top + 2), _fit(title, font, width * zoom), "black", font)
+        while font.getlength(title) > width * zoom and len(title) > 1:
+            title = title.removesuffix("…")[:-1] + "…"
+        draw.text((left, top + 2), title, "black", font)
         enlarged = picture(image).convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, top + title_height))
     return sheet
-
-
-def _fit(title: str, font: Any, width: int) -> str:
-    """The title, shortened until it is no wider than this."""
-    shown = title
-    while font.getlength(shown) > width and len(shown) > 1:
-        shown = shown.removesuffix("…")[:-1] + "…"
-    return shown

@@ -23,10 +23,11 @@ from tqdm import tqdm
 import diffit
 from diffit import distributed
 from diffit.checkpoint import load_weights
-from diffit.codec import Codec, create_codec
+from diffit.codec import create_codec
 from diffit.config import Precision
 from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import create_sampler
+from diffit.diffusion.samplers import Sampler
 from diffit.distributed import World
 from diffit.files import as_tree, exclusive, sha256
 from diffit.models.fast import compiles, fast_network, fast_precision
@@ -71,82 +72,105 @@ def _generate(task: SampleTask, device: torch.device, world: World, held: contex
         model_config = replace(model_config, guidance=replace(model_config.guidance, enabled=False))
     sampler = create_sampler(model_config.process_config, model_config.sampling)
 
-    # Load: the weights are fetched and hashed once, by rank 0.
-    weights = distributed.on_main(world, task.source.fetch)
-    settings = distributed.on_main(world, lambda: _settings(task, weights, device))
+    # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
+    settings = {key: value for key, value in as_tree(config).items() if key not in _FREE}
+    settings["weights_sha256"] = distributed.on_main(world, lambda: sha256(task.source.fetch()))
+    settings |= {"vae": model_config.codec.vae, "device": device.type, "precision": resolve_precision(config, device)}
     folder = SampleFolder(Path(config.log_dir or f"logs/{model_config.model}"), config.num_samples)
     distributed.on_main(world, lambda: held.enter_context(exclusive(folder.path)))
     distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
-    seconds_per_image = None  # compilation included; unknown where nothing was left to sample
+    seconds_per_image = None  # unknown where nothing was left to sample
     if folder.finished() is None:
-        network, codec = _prepare(task, model_config, device)
-        fill_up = config.fast and compiles(device)
-
-        # Sample: every rank takes every n-th batch of those that are missing.
-        missing = distributed.on_main(world, folder.missing)
-        mine = list(_batches(missing, config.batch_size))[world.rank :: world.size]
-        share = f" (rank 0 of {world.size})" if world.size > 1 else ""
-        bar = tqdm(total=sum(map(len, mine)), unit="img", desc=f"sampling{share}", disable=not world.is_main)
-        start = time.monotonic()
-        with bar, _explained_memory(config.batch_size), _background() as write:
-            for indices in mine:
-                drawn = indices
-                if fill_up:  # a graph is compiled for one shape: a short batch is filled up
-                    drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
-                labels = batch_labels(model_config, drawn, config.seed, wanted, device, conditional)
-                images = sample_batch(
-                    *(network, model_config, sampler, codec, drawn, labels),
-                    seed=config.seed,
-                    callback=lambda step, steps, x: _show(bar, step, steps),
-                )
-                write(_save, folder, config, indices, images, labels)
-                bar.update(len(indices))
-        distributed.barrier(world)
-        if missing:
-            seconds_per_image = round((time.monotonic() - start) / len(missing), 4)
-    distributed.barrier(world)
+        seconds_per_image = _sample_missing(task, model_config, folder, sampler, wanted, device, world)
 
     def finish() -> Path:
         """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""
         path = folder.finished()
         if path is None:
-            _save_grid(folder, names)
+            pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
+            shown = list(itertools.islice(pairs, _GRID_IMAGES))
+            titles = [names[label] if label < len(names) else f"{number}" for number, (_, label) in enumerate(shown)]
+            save_grid(folder.path / GRID, [image for image, _ in shown], titles)
             path = folder.merge(with_labels=conditional)
         folder.discard_shards()
-        if not folder.complete:
-            folder.write_manifest(_manifest(task, settings, path, seconds_per_image, device, world))
+        if not folder.read_manifest().get("complete"):
+            content = {
+                "settings": settings,
+                "complete": True,
+                "samples": path.name,
+                "num_samples": config.num_samples,
+                "seconds_per_image": seconds_per_image,
+                **_circumstances(device, world),
+                "checkpoint": as_tree(task.checkpoint),
+            }
+            folder.write_manifest(content)
         return path
 
     return distributed.on_main(world, finish)
 
 
-def _prepare(task: SampleTask, config: CheckpointConfig, device: torch.device) -> tuple[Callable[..., Tensor], Codec]:
-    """The network as samplers call it, and the codec.
+def _circumstances(device: torch.device, world: World) -> dict[str, Any]:
+    """What the manifest says of machine and packages."""
+    packages = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
+    on_cuda = device.type == "cuda"
+    return {
+        "processes": world.size,
+        "made_on": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
+        "versions": {"diffit": diffit.__version__, "python": platform.python_version()} | packages,
+    }
 
-    Raises:
-        ValueError: if the VAE does not fit the network.
-    """
-    fast, precision = task.config.fast, resolve_precision(task.config, device)
+
+def _sample_missing(
+    task: SampleTask,
+    model_config: CheckpointConfig,
+    folder: SampleFolder,
+    sampler: Sampler,
+    wanted: Sequence[int],
+    device: torch.device,
+    world: World,
+) -> float | None:
+    """Fill the folder; returns the seconds per image, compilation included, or None if no image was missing."""
+    config, precision = task.config, resolve_precision(task.config, device)
+    compiled = config.fast and compiles(device)
     model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False).to(device)
-    codec = create_codec(config.codec, device, compiled=fast and compiles(device))
-    if codec.latent_channels not in (None, config.network.in_channels):
+    codec = create_codec(model_config.codec, device, compiled=compiled)
+    if codec.latent_channels not in (None, model_config.network.in_channels):
         raise ValueError(
-            f"the VAE {config.codec.vae} has {codec.latent_channels} latent channels, {config.model} needs "
-            f"{config.network.in_channels}: leave --vae out, or give one that fits"
+            f"the VAE {model_config.codec.vae} has {codec.latent_channels} latent channels, {model_config.model} needs "
+            f"{model_config.network.in_channels}: leave --vae out, or give one that fits"
         )
-    return fast_network(model, precision, device) if fast else autocast(model, device, precision), codec
+    network = fast_network(model, precision, device) if config.fast else autocast(model, device, precision)
 
+    # Every rank takes every n-th batch of those that are missing.
+    missing = distributed.on_main(world, folder.missing)
+    mine = list(_batches(missing, config.batch_size))[world.rank :: world.size]
+    share = f" (rank 0 of {world.size})" if world.size > 1 else ""
+    bar = tqdm(total=sum(map(len, mine)), unit="img", desc=f"sampling{share}", disable=not world.is_main)
 
-def _settings(task: SampleTask, weights: Path, device: torch.device) -> dict[str, Any]:
-    """All that a sample depends on beside its number, for the manifest."""
-    tree = {key: value for key, value in as_tree(task.config).items() if key not in _FREE}
-    found = {"weights_sha256": sha256(weights), "vae": task.resolved.codec.vae, "device": device.type}
-    return tree | found | {"precision": resolve_precision(task.config, device)}
+    def show(step: int, num_steps: int, x: Tensor) -> None:
+        bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
+        bar.update(0)
 
-
-def _show(bar: tqdm[Any], step: int, num_steps: int) -> None:
-    bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
-    bar.update(0)
+    start = time.monotonic()
+    try:
+        with bar, _background() as write:
+            for indices in mine:
+                drawn = indices
+                if compiled:  # a graph is compiled for one shape: a short batch is filled up
+                    drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
+                labels = batch_labels(model_config, drawn, config.seed, wanted, device, config.class_cond)
+                images = sample_batch(
+                    *(network, model_config, sampler, codec, drawn, labels), seed=config.seed, callback=show
+                )
+                write(_save, folder, config, indices, images, labels)
+                bar.update(len(indices))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the device is out of memory at --batch_size {config.batch_size}: use a smaller one, the samples stay the "
+            "same"
+        ) from error
+    distributed.barrier(world)
+    return round((time.monotonic() - start) / len(missing), 4) if missing else None
 
 
 @contextlib.contextmanager
@@ -174,36 +198,6 @@ def _save(folder: SampleFolder, config: SampleConfig, indices: range, images: Te
     folder.add(indices[0], pixels, classes)
 
 
-def _save_grid(folder: SampleFolder, names: Sequence[str]) -> None:
-    pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
-    shown = list(itertools.islice(pairs, _GRID_IMAGES))
-    titles = [names[label] if label < len(names) else f"{number}" for number, (_, label) in enumerate(shown)]
-    save_grid(folder.path / GRID, [image for image, _ in shown], titles)
-
-
-def _manifest(
-    task: SampleTask,
-    settings: dict[str, Any],
-    path: Path,
-    seconds_per_image: float | None,
-    device: torch.device,
-    world: World,
-) -> dict[str, Any]:
-    packages = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
-    on_cuda = device.type == "cuda"
-    return {
-        "settings": settings,
-        "complete": True,
-        "samples": path.name,
-        "num_samples": task.config.num_samples,
-        "seconds_per_image": seconds_per_image,
-        "processes": world.size,
-        "made_on": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
-        "versions": {"diffit": diffit.__version__, "python": platform.python_version()} | packages,
-        "checkpoint": as_tree(task.checkpoint),
-    }
-
-
 def _batches(missing: Sequence[int], batch_size: int) -> Iterator[range]:
     """Runs of consecutive missing numbers that do not cross a multiple of the batch size.
 
@@ -215,14 +209,3 @@ def _batches(missing: Sequence[int], batch_size: int) -> Iterator[range]:
         if ends or missing[position] % batch_size == 0:
             yield range(missing[start], missing[position - 1] + 1)
             start = position
-
-
-@contextlib.contextmanager
-def _explained_memory(batch_size: int) -> Iterator[None]:
-    """Turns running out of device memory into advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the device is out of memory at --batch_size {batch_size}: use a smaller one, the samples stay the same"
-        ) from error

@@ -71,11 +71,9 @@ def sample_images(
         raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {seed}")
     if model.training:
         raise ValueError("the model is in training mode, in which labels are dropped: call model.eval() first")
-    sampling, guidance = config.sampling, config.guidance
-    if sampler is not None:
-        sampling = replace(sampling, sampler=sampler)
-    if num_sampling_steps is not None:
-        sampling = replace(sampling, num_sampling_steps=num_sampling_steps)
+    named = {"sampler": sampler, "num_sampling_steps": num_sampling_steps}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    sampling, guidance = replace(config.sampling, **given), config.guidance
     if cfg_scale is not None:
         guidance = replace(guidance, scale=cfg_scale, enabled=True)
     config = replace(config, sampling=sampling, guidance=guidance)
