@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from diffit.cli.parser import answer_help, build_parser, config_first, fail, instantiate
+from diffit.cli.parser import build_parser, fail, given_arguments, instantiate, refusing
 from diffit.cli.settings import Command
 from diffit.sampling.config import AppConfig, AppTask
 from diffit.sources import find_checkpoint
@@ -38,13 +37,10 @@ def main() -> int:
 
 def parse_app(argv: Sequence[str] | None = None) -> AppTask:
     """Resolve app.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    argv = sys.argv[1:] if argv is None else argv
-    answer_help(COMMAND, argv)
-    try:
-        config: AppConfig
-        config, _ = instantiate(build_parser(AppConfig, COMMAND.prog), AppConfig, config_first(argv))
+    config: AppConfig
+    arguments = given_arguments(COMMAND, argv)
+    with refusing():
+        config, _ = instantiate(build_parser(AppConfig, COMMAND.prog), AppConfig, arguments)
         if not 1 <= config.port <= 65535:
             raise ValueError(f"--port must be between 1 and 65535, not {config.port}")
         return AppTask(config, *find_checkpoint(config.model, config.model_path, config.image_size))
-    except (ValueError, OSError) as error:
-        fail(str(error))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from diffit.cli.parser import answer_help, build_parser, config_first, instantiate, refuse
+from diffit.cli.parser import build_parser, check_numbers, given_arguments, instantiate, refusing
 from diffit.cli.settings import Command
 from diffit.data.config import EncodeConfig
 
@@ -20,16 +19,11 @@ COMMAND = Command(
 
 def parse_encode(argv: Sequence[str] | None = None) -> EncodeConfig:
     """Resolve the command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    argv = sys.argv[1:] if argv is None else argv
-    answer_help(COMMAND, argv)
-    try:
-        config: EncodeConfig
-        config, _ = instantiate(build_parser(EncodeConfig, COMMAND.prog), EncodeConfig, config_first(argv))
+    config: EncodeConfig
+    arguments = given_arguments(COMMAND, argv)
+    with refusing():
+        config, _ = instantiate(build_parser(EncodeConfig, COMMAND.prog), EncodeConfig, arguments)
         if not config.out:
             raise ValueError("say where the latents go: --out FOLDER")
-        for name in ("image_size", "shard_size"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    except (ValueError, OSError) as error:
-        refuse(str(error))
+        check_numbers(config, "image_size", "shard_size")
     return config

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -26,15 +27,19 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def refuse(message: str) -> NoReturn:
-    """`fail` over what every rank knows, from the command line: the first rank of each machine says it.
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Around what every rank knows, from the command line: the first rank of each machine says what is wrong with it.
 
     torchrun ends all ranks as soon as one has failed, so that the others wait for the sentence before they fail too.
     """
-    if detect_world().local_rank == 0:
-        fail(message)
-    time.sleep(_PATIENCE)
-    raise SystemExit(2)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if detect_world().local_rank == 0:
+            fail(str(error))
+        time.sleep(_PATIENCE)
+        raise SystemExit(2) from error
 
 
 def build_parser(config_class: type, prog: str, description: str = "", epilog: str = "") -> ArgumentParser:
@@ -52,83 +57,78 @@ def build_parser(config_class: type, prog: str, description: str = "", epilog: s
     return parser
 
 
-def take_flag(argv: Sequence[str], position: int) -> tuple[str, list[str], int]:
-    """The flag at a position, its values up to the next flag, and the position of that."""
-    flag, equals, value = argv[position].partition("=")
-    values = [value] if equals else []
-    position += 1
-    while position < len(argv) and not argv[position].startswith("--"):
-        values.append(argv[position])
-        position += 1
-    return flag, values, position
+def split_flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each flag, its values up to the next flag, and both as they were written."""
+    groups: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    for group in groups:
+        flag, equals, value = group[0].partition("=")
+        yield flag, [value, *group[1:]] if equals else group[1:], group
 
 
-def config_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with --config moved to the front: where it stands, it would override the flags before it."""
-    first: list[str] = []
-    rest: list[str] = []
-    position = 0
-    while position < len(argv):
-        start = position
-        flag, _, position = take_flag(argv, position)
-        (first if flag == "--config" else rest).extend(argv[start:position])
-    return first + rest
+def given_arguments(command: Command, argv: Sequence[str] | None) -> list[str]:
+    """The arguments, by default the program's; prints the help and ends the program if they ask for it.
 
-
-def one_value_each(config_class: type, arguments: Sequence[str]) -> list[str]:
-    """The arguments with every setting's values in one, as the parser takes them: see `one_argument`."""
-    settings = {f"--{setting.key}": setting for setting in settings_of(config_class)}
-    given: list[str] = []
-    position = 0
-    while position < len(arguments):
-        start = position
-        flag, values, position = take_flag(arguments, position)
-        if flag in settings:
-            given += [flag, *one_argument(settings[flag], values)]
-        else:
-            given += arguments[start:position]
-    return given
-
-
-def answer_help(command: Command, argv: Sequence[str]) -> None:
-    """Print the help and end the program, if it was asked for."""
+    --config moves to the front: where it stands, it would override the flags before it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(help_text(command), end="")
         raise SystemExit(0)
+    groups = sorted(split_flags(argv), key=lambda each: each[0] != "--config")
+    return [word for _, _, group in groups for word in group]
 
 
-def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str]) -> Namespace:
-    """The parsed arguments.
+def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str], defaults: bool = True) -> Namespace:
+    """The parsed arguments, and the defaults of the settings that they leave out.
 
     Raises:
         ValueError: in one sentence, for an unknown setting or a value that does not fit.
     """
+    settings = {setting.key: setting for setting in settings_of(config_class)}
+    flags, given, more = {f"--{key}" for key in settings}, [], f"; {parser.prog} --help lists all settings"
+    for flag, values, group in split_flags(arguments):
+        given += [flag, *one_argument(settings[flag[2:]], values)] if flag in flags else group
     try:
-        parsed = parser.parse_args(one_value_each(config_class, arguments))
+        parsed = parser.parse_args(given, defaults=defaults)
     except ArgumentError as error:
-        raise ValueError(f"{_explained(str(error), config_class)}; {parser.prog} --help lists all settings") from error
-    wrong = _misfit(parsed, config_class)
-    if wrong:
-        raise ValueError(f"{wrong}; {parser.prog} --help lists all settings")
+        raise ValueError(_explained(str(error), settings) + more) from error
+    for key, setting in settings.items():  # the parser lets a value for a group pass, and some choices that are none
+        if setting.node in parsed and not isinstance(parsed[setting.node], Namespace):
+            raise ValueError(_of_a_node(setting.node) + more)
+        if key in parsed and not fits(setting.hint, parsed[key]):
+            raise ValueError(_must_be(setting, parsed[key]) + more)
     return parsed
 
 
 def instantiate(parser: ArgumentParser, config_class: type, arguments: Sequence[str]) -> tuple[Any, Namespace]:
     """The config that the arguments make, and all that was parsed. Raises ValueError as `parse` does."""
     tree = parser.instantiate(parse(parser, config_class, arguments))
-    return config_class(**{name: tree[name] for name in (each.name for each in fields(config_class))}), tree
+    return config_class(**{each.name: tree[each.name] for each in fields(config_class)}), tree
 
 
-def _explained(error: str, config_class: type) -> str:
+def check_numbers(config: Any, *positive: str) -> None:
+    """Refuse what must be at least 1 and is not, and a seed that is not of 64 bits."""
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    if not 0 <= getattr(config, "seed", 0) < 2**64:
+        raise ValueError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
+
+
+def _explained(error: str, settings: Mapping[str, Setting]) -> str:
     """What the parser says, in one line; of a setting, what it may be."""
-    settings = {setting.key: setting for setting in settings_of(config_class)}
     sentence = " ".join(error.split()).replace('Parser key "', '"')
-    found = _KEY.match(sentence)
+    found, value = _KEY.match(sentence), _VALUE.match(sentence)
     key = (found[1] or found[2]) if found else ""
+    if any(name.startswith(f"{key}.") for name in settings):
+        return _of_a_node(key)
     if key not in settings:
-        return _of_a_node(key) if any(name.startswith(f"{key}.") for name in settings) else sentence
-    value = _VALUE.match(sentence)
-    if value is not None:
+        return sentence
+    if value:
         return _must_be(settings[key], value[1])
     return f"--{key} needs a value, {words_of(settings[key].hint)}: --{key} {form_of(settings[key].hint)}"
 
@@ -139,14 +139,3 @@ def _must_be(setting: Setting, value: Any) -> str:
 
 def _of_a_node(key: str) -> str:
     return f'"{key}" is a group of settings and takes no value of its own: set --{key}.NAME'
-
-
-def _misfit(parsed: Namespace, config_class: type) -> str | None:
-    """What the parser lets pass, in a sentence: a value for a group of settings, or a choice that is none."""
-    for setting in settings_of(config_class):
-        node = setting.key.rpartition(".")[0]
-        if node and not hasattr(parsed[node], "__dict__"):
-            return _of_a_node(node)
-        if not fits(setting.hint, parsed[setting.key]):
-            return _must_be(setting, parsed[setting.key])
-    return None

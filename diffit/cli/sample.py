@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 
 import yaml
 
-from diffit.cli.parser import answer_help, build_parser, config_first, fail, instantiate, parse, refuse
+from diffit.cli.parser import build_parser, check_numbers, fail, given_arguments, instantiate, parse, refusing
 from diffit.cli.settings import Command
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.config import PIXELS
@@ -57,11 +57,10 @@ def main() -> int:
 
 def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
     """Resolve sample.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    argv = sys.argv[1:] if argv is None else argv
-    answer_help(COMMAND, argv)
+    arguments = given_arguments(COMMAND, argv)
     parser = build_parser(SampleConfig, COMMAND.prog)
-    try:
-        arguments = upstream_arguments(config_first(argv))
+    with refusing():
+        arguments = upstream_arguments(arguments)
         named = parse(parser, SampleConfig, arguments)
         source, checkpoint = find_checkpoint(named.model, named.model_path, named.image_size)
         recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size, "process": checkpoint.process}
@@ -72,24 +71,14 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
             recommended["guidance.skip_below"] = SKIP_BELOW
         parser.set_defaults(recommended)
         config, _ = instantiate(parser, SampleConfig, arguments)
-        _check_sample(config)
-        _check_against(config, source, checkpoint)
-    except (ValueError, OSError) as error:
-        refuse(str(error))
-    return SampleTask(config, source, checkpoint)
+        _check(config, source, checkpoint)
+        return SampleTask(config, source, checkpoint)
 
 
-def _check_sample(config: SampleConfig) -> None:
-    for name in ("num_samples", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    if not 0 <= config.seed < 2**64:
-        raise ValueError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
+def _check(config: SampleConfig, source: Source, checkpoint: CheckpointConfig) -> None:
+    check_numbers(config, "num_samples", "batch_size")
     if config.class_labels is not None and not config.class_labels:
         raise ValueError("--class_labels needs at least one class")
-
-
-def _check_against(config: SampleConfig, source: Source, checkpoint: CheckpointConfig) -> None:
     if config.process != checkpoint.process:
         raise ValueError(f"{source} was trained for the {checkpoint.process} process: leave --process out")
     if config.vae and checkpoint.codec.vae == PIXELS:
@@ -99,7 +88,3 @@ def _check_against(config: SampleConfig, source: Source, checkpoint: CheckpointC
     if config.class_labels and not config.class_cond:
         raise ValueError("--class_cond False samples without classes: leave it or --class_labels out")
     check_process(config.process_config, config.sampling, config.guidance)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,12 +21,17 @@ _COUNTS = {2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A leaf of the tree: its dotted key, its type, its default and what its dataclass says of it."""
+    """A leaf of the tree: its dotted key, its type, its default and what its dataclass says of it.
+
+    node and title: key and first words of the dataclass; the key of the root is empty.
+    """
 
     key: str
     hint: Any
     default: Any
     doc: str
+    node: str
+    title: str
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,20 @@ class Command:
 
 
 @functools.cache
-def settings_of(config_class: type) -> tuple[Setting, ...]:
+def settings_of(config_class: type, prefix: str = "") -> tuple[Setting, ...]:
     """All leaves of a dataclass tree, in the order of its fields."""
-    return tuple(_leaves(config_class, ""))
-
-
-def _leaves(config_class: type, prefix: str) -> Iterator[Setting]:
+    found: list[Setting] = []
     hints, docs = get_type_hints(config_class), _field_docs(config_class)
+    title = (config_class.__doc__ or "").splitlines()[0].rstrip(".")
     for each in fields(config_class):
         hint = hints[each.name]
         if is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{each.name}.")  # type: ignore[arg-type]
+            found += settings_of(hint, f"{prefix}{each.name}.")  # type: ignore[arg-type]
         else:
             default = each.default if each.default_factory is MISSING else each.default_factory()
-            yield Setting(prefix + each.name, hint, default, docs.get(each.name, ""))
+            doc = docs.get(each.name, "")
+            found.append(Setting(prefix + each.name, hint, default, doc, prefix.rstrip("."), title))
+    return tuple(found)
 
 
 def _field_docs(config_class: type) -> dict[str, str]:
@@ -85,43 +90,33 @@ def choices_of(hint: Any) -> list[Any]:
     return [choice for choice in choices if choice not in several]
 
 
+def _alternatives(hint: Any) -> Iterator[tuple[str, list[str]]]:
+    """How each choice is written on the command line, and what it may be in words."""
+    for choice in choices_of(hint):
+        origin, inner = get_origin(choice), get_args(choice)
+        if choice in _SCALARS:
+            form, words = _SCALARS[choice]
+            yield form, [words]
+        elif origin is Literal:
+            yield "|".join(map(str, inner)), list(map(str, inner))
+        elif origin in (tuple, list):
+            several = origin is list or inner[-1] is Ellipsis
+            form = f"{form_of(inner[0])} ..." if several else " ".join(map(form_of, inner))
+            count = "one or more" if several else _COUNTS[len(inner)]
+            yield form, [f"{count} {re.sub('^an? ', '', words_of(inner[0]))}s"]
+        else:
+            yield "'{KEY: VALUE, ...}'", ["a mapping of names to values"]
+
+
 def form_of(hint: Any) -> str:
     """How a value of a type is written on the command line, such as 'N N'."""
-    forms = []
-    for choice in choices_of(hint):
-        inner = get_args(choice)
-        if choice in _SCALARS:
-            forms.append(_SCALARS[choice][0])
-        elif get_origin(choice) is Literal:
-            forms.append("|".join(map(str, inner)))
-        elif get_origin(choice) is tuple:
-            forms.append(" ".join(map(form_of, inner)))
-        else:
-            forms.append(f"{form_of(inner[0])} ..." if get_origin(choice) is list else "'{KEY: VALUE, ...}'")
-    return " | ".join(forms)
+    return " | ".join(form for form, _ in _alternatives(hint))
 
 
 def words_of(hint: Any) -> str:
     """What a value of a type may be, as it ends the sentence 'it must be'."""
-    words = []
-    for choice in choices_of(hint):
-        inner = get_args(choice)
-        if choice in _SCALARS:
-            words.append(_SCALARS[choice][1])
-        elif get_origin(choice) is Literal:
-            words += [str(value) for value in inner]
-        elif get_origin(choice) is tuple:
-            several = inner[-1] is Ellipsis
-            words.append(f"{'one or more' if several else _COUNTS[len(inner)]} {_plural(inner[0])}")
-        elif get_origin(choice) is list:
-            words.append(f"one or more {_plural(inner[0])}")
-        else:
-            words.append("a mapping of names to values")
-    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def _plural(hint: Any) -> str:
-    return re.sub("^an? ", "", words_of(hint)) + "s"
+    *others, last = [word for _, words in _alternatives(hint) for word in words]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def fits(hint: Any, value: Any) -> bool:
@@ -161,28 +156,16 @@ def help_text(command: Command) -> str:
     lines += _entry("--config FILE", "a YAML file with any of the settings; flags override it", width)
     for setting in everyday:
         lines += _entry(f"--{setting.key} {form_of(setting.hint)}", _explained(setting, command.follows), width)
-    nodes = dict(_nodes(command.config_class))
-    used = {key.rpartition(".")[0] for key in command.everyday} | {""}
-    for node in sorted(nodes, key=lambda name: name not in used):
-        of = f"; by default {command.follows[node]}" if node in command.follows else ""
-        lines += ["", f"{node}: {_title(nodes[node])}{of}" if node else "more settings"]
+    titles = {"": "more settings"} | {s.node: f"{s.node}: {s.title}" for s in every.values() if s.node}
+    used = {"", *(setting.node for setting in everyday)}
+    for node in sorted(titles, key=lambda name: name not in used):
+        whose = command.follows.get(node)
+        lines += ["", titles[node] + (f"; by default {whose}" if whose else "")]
         for setting in every.values():
-            if setting.key.rpartition(".")[0] == node and setting not in everyday:
-                follows = command.follows if not of else {setting.key: ""}
+            if setting.node == node and setting not in everyday:
+                follows = {setting.key: ""} if whose else command.follows
                 lines += _entry(f"--{setting.key} {form_of(setting.hint)}", _explained(setting, follows), width)
     return "\n".join([*lines, "", command.epilog.strip()]) + "\n"
-
-
-def _nodes(config_class: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """The dotted name of the root, which is empty, and of every node below it; each with its dataclass."""
-    yield prefix.rstrip("."), config_class
-    for name, hint in get_type_hints(config_class).items():
-        if is_dataclass(hint):
-            yield from _nodes(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-
-
-def _title(config_class: type) -> str:
-    return (config_class.__doc__ or "").splitlines()[0].rstrip(".")
 
 
 def _explained(setting: Setting, follows: Mapping[str, str]) -> str:
@@ -197,8 +180,7 @@ def _explained(setting: Setting, follows: Mapping[str, str]) -> str:
 
 def _entry(flag: str, text: str, width: int) -> list[str]:
     """A flag and its explanation beside it, or below if it is long."""
-    indent = 26
-    wrapped = textwrap.wrap(text, max(width - indent, 30)) or [""]
-    beside = len(flag) <= indent - 4
-    first = [f"  {flag:<{indent - 2}}{wrapped[0]}"] if beside else [f"  {flag}", " " * indent + wrapped[0]]
-    return first + [" " * indent + line for line in wrapped[1:]]
+    indent, beside = " " * 26, len(flag) <= 22
+    first = f"  {flag:<24}" if beside else indent
+    wrapped = textwrap.wrap(text, max(width, 56), initial_indent=first, subsequent_indent=indent)
+    return wrapped if beside else [f"  {flag}", *wrapped]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import yaml
 
-from diffit.cli.parser import answer_help, build_parser, config_first, fail, instantiate, parse, refuse
+from diffit.cli.parser import build_parser, check_numbers, fail, given_arguments, instantiate, parse, refusing
 from diffit.cli.settings import Command, fits, words_of
 from diffit.config import PIXELS
 from diffit.diffusion.config import check_process, fitting_processes
@@ -45,17 +45,13 @@ def main() -> int:
         from diffit.device import resolve_device
         from diffit.training.estimate import report
 
-        try:
+        with refusing():
             cost = report(task.config, world.size, resolve_device(task.config.device))
-        except ValueError as error:
-            refuse(str(error))
         print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
         print("\n".join(f"# {line}" for line in cost.splitlines()))
         return 0
-    try:
+    with refusing():
         check_data(task.config)
-    except (ValueError, FileNotFoundError) as error:
-        refuse(str(error))
     from diffit.training.loop import train
     from diffit.training.stopping import EXIT_CODE, Stopped
 
@@ -78,23 +74,22 @@ def main() -> int:
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
     """Resolve train.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    argv = sys.argv[1:] if argv is None else argv
-    answer_help(COMMAND, argv)
+    arguments = given_arguments(COMMAND, argv)
     parser = build_parser(TrainConfig, COMMAND.prog)
-    try:
-        arguments = config_first(argv)
-        named = parse(parser, TrainConfig, arguments)
-        _check_network(named.model, named.network)
-        parser.set_defaults({"process": default_config(named.model, **named.network).process})
-        process = parse(parser, TrainConfig, arguments).process  # a flag or file may say another
-        known = default_config(named.model, process=process, **named.network)
-        sampling = {f"sampling.{key}": getattr(known.sampling, key) for key in ("sampler", "num_sampling_steps")}
-        parser.set_defaults({"codec.vae": known.codec.vae, "codec.factor": known.codec.factor, **sampling})
+    with refusing():
+        given = parse(parser, TrainConfig, arguments, defaults=False)
+        model, network = given.get("model", TrainConfig.model), given.get("network", {})
+        hints = get_type_hints(type(model_config(model, **network)))
+        for key, value in network.items():
+            if not fits(hints[key], value):
+                raise ValueError(f"--network.{key} must be {words_of(hints[key])}, not {value}")
+        known = default_config(model, process=given.get("process"), **network)
+        follows = {"process": known.process, "codec.vae": known.codec.vae, "codec.factor": known.codec.factor}
+        follows |= {f"sampling.{key}": getattr(known.sampling, key) for key in ("sampler", "num_sampling_steps")}
+        parser.set_defaults(follows)
         config, tree = instantiate(parser, TrainConfig, arguments)
         _check(config)
-    except (ValueError, OSError) as error:
-        refuse(str(error))
-    return TrainTask(config, str((tree.config or ["command line"])[0]))
+        return TrainTask(config, str((tree.config or ["command line"])[0]))
 
 
 def check_data(config: TrainConfig) -> None:
@@ -120,36 +115,38 @@ def check_data(config: TrainConfig) -> None:
         )
 
 
-def _check_network(model: str, overrides: Mapping[str, Any]) -> None:
-    hints = get_type_hints(type(model_config(model, **overrides)))
-    for key, value in overrides.items():
-        if not fits(hints[key], value):
-            raise ValueError(f"--network.{key} must be {words_of(hints[key])}, not {value}")
-
-
 def _check(config: TrainConfig) -> None:
-    network = model_config(config.model, **config.network)
-    space = "latents" if isinstance(network, DiffiTConfig) else "pixels"
-    seen, fitting = "pixels" if config.codec.vae == PIXELS else "latents", fitting_processes(space)
-    if config.process not in fitting or seen != space:
+    latent, pixels = isinstance(model_config(config.model, **config.network), DiffiTConfig), config.codec.vae == PIXELS
+    space = "latents" if latent else "pixels"
+    fitting, rates, wanted = fitting_processes(space), config.ema_rates, config.evaluation
+    if config.process not in fitting or latent == pixels:
         raise ValueError(f"{config.model} needs --process {' or '.join(fitting)} and a --codec.vae of {space}")
     check_process(config.process_config, config.sampling, config.guidance)
-    if not 0 <= config.data.augment <= 1 or (config.data.augment and config.codec.vae != PIXELS):
+    if not 0 <= config.data.augment <= 1 or (config.data.augment and latent):
         raise ValueError(f"--data.augment is a probability, and for pixels only: it cannot be {config.data.augment}")
-    for name in ("steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    check_numbers(config, "steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep")
     if config.keep_every < 0 or config.keep_every % config.save_every:
         raise ValueError(
             f"--keep_every {config.keep_every} must be a multiple of --save_every {config.save_every}: other steps "
             "have no checkpoint"
         )
-    if not 0 <= config.seed < 2**64:
-        raise ValueError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
     if config.preview_every < 0:
         raise ValueError(f"--preview_every must be at least 0, not {config.preview_every}")
-    _check_averages(config)
-    _check_evaluation(config)
+    if not rates or len(set(rates)) < len(rates):
+        raise ValueError(f"the EMAs {rates} must be at least one, and all different")
+    for rate in rates:
+        if config.ema_half_life is None and not 0 <= rate < 1:
+            raise ValueError(f"--ema_decay must lie in [0, 1), not {rate}")
+        if config.ema_half_life is not None and rate <= 0:
+            raise ValueError(f"--ema_half_life must be above 0 images, not {rate}")
+    if wanted.every < 0 or wanted.samples < 2 or wanted.batch_size < 1:
+        raise ValueError("--evaluation needs every >= 0, samples >= 2 and batch_size >= 1")
+    if wanted.every and wanted.reference is None:
+        raise ValueError("--evaluation.every needs --evaluation.reference: make one with evaluations/make_reference.py")
+    if wanted.every and config.parallel == "fsdp":
+        raise ValueError(
+            "--evaluation does not score sharded networks: score checkpoints with sample.py and eval_run.sh"
+        )
     if config.init_from is not None:
         _check_start(config)
 
@@ -175,29 +172,3 @@ def _check_start(config: TrainConfig) -> None:
                 f"--init_from {source} holds another network, of {key} {other} instead of {value}: only the number of "
                 "classes and the resolution may differ"
             )
-
-
-def _check_evaluation(config: TrainConfig) -> None:
-    wanted = config.evaluation
-    if wanted.every < 0 or wanted.samples < 2 or wanted.batch_size < 1:
-        raise ValueError("--evaluation needs every >= 0, samples >= 2 and batch_size >= 1")
-    if wanted.every and wanted.reference is None:
-        raise ValueError("--evaluation.every needs --evaluation.reference: make one with evaluations/make_reference.py")
-    if wanted.every and config.parallel == "fsdp":
-        raise ValueError(
-            "--evaluation does not score sharded networks: score checkpoints with sample.py and eval_run.sh"
-        )
-
-
-def _check_averages(config: TrainConfig) -> None:
-    if not config.ema_rates or len(set(config.ema_rates)) < len(config.ema_rates):
-        raise ValueError(f"the EMAs {config.ema_rates} must be at least one, and all different")
-    for value in config.ema_rates:
-        if config.ema_half_life is None and not 0 <= value < 1:
-            raise ValueError(f"--ema_decay must lie in [0, 1), not {value}")
-        if config.ema_half_life is not None and value <= 0:
-            raise ValueError(f"--ema_half_life must be above 0 images, not {value}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

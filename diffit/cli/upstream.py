@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffit.cli.parser import take_flag
+from diffit.cli.parser import split_flags
 from diffit.config import STABILITY_VAE
 
 # Upstream's flags (and one short name of ours) -> ours.
@@ -17,11 +17,11 @@ ALIASES = {
     "diffusion_steps": "diffusion.diffusion_steps",
     "learn_sigma": "diffusion.learn_sigma",
 }
-# Upstream's flags whose value is another flag of ours: flag -> value -> (flag, value) or nothing to do.
-TRANSLATED: dict[str, dict[str, tuple[str, str] | None]] = {
-    "use_ddim": {"True": ("sampling.sampler", "ddim"), "False": None},
-    "use_fp16": {"True": ("precision", "fp16"), "False": None},
-    "vae_decoder": {choice: ("vae", STABILITY_VAE.format(choice)) for choice in ("ema", "mse")},
+# Upstream's flags whose value is another flag of ours: flag -> value -> our arguments.
+TRANSLATED: dict[str, dict[str, list[str]]] = {
+    "use_ddim": {"True": ["--sampling.sampler", "ddim"], "False": []},
+    "use_fp16": {"True": ["--precision", "fp16"], "False": []},
+    "vae_decoder": {choice: ["--vae", STABILITY_VAE.format(choice)] for choice in ("ema", "mse")},
 }
 # Upstream's flags that mean nothing here, with the only value that is accepted.
 MEANINGLESS = {
@@ -56,33 +56,18 @@ def upstream_arguments(argv: Sequence[str]) -> list[str]:
         ValueError: if an upstream flag has a value that means nothing here.
     """
     ours: list[str] = []
-    position = 0
-    while position < len(argv):
-        flag, values, position = take_flag(argv, position)
-        name = flag[2:]
+    for flag, values, _ in split_flags(argv):
+        name, value = flag[2:], " ".join(values) or "True"
+        if value.lower() in ("true", "false", "none"):
+            value = value.capitalize()
         if name in TRANSLATED:
-            ours += _translate(name, _boolean(" ".join(values) or "True"))
-        elif name in MEANINGLESS:
-            _refuse_unless_default(name, _boolean(" ".join(values) or "True"))
-        else:
+            if value not in TRANSLATED[name]:
+                raise ValueError(f"--{name} {value} is unknown: choose one of {', '.join(TRANSLATED[name])}")
+            ours += TRANSLATED[name][value]
+        elif name not in MEANINGLESS:
             ours += [f"--{ALIASES.get(name, name)}" if flag.startswith("--") else flag, *values]
+        elif value != MEANINGLESS[name]:
+            network = name in ("mask_ratio", "decode_layer")
+            reason = "the network masks no tokens" if network else "processes come from torchrun or Slurm"
+            raise ValueError(f"--{name} {value} has no meaning here ({reason}): leave it out")
     return ours
-
-
-def _boolean(text: str) -> str:
-    return text.capitalize() if text.lower() in ("true", "false", "none") else text
-
-
-def _translate(name: str, value: str) -> list[str]:
-    choices = TRANSLATED[name]
-    if value not in choices:
-        raise ValueError(f"--{name} {value} is unknown: choose one of {', '.join(choices)}")
-    target = choices[value]
-    return [f"--{target[0]}", target[1]] if target else []
-
-
-def _refuse_unless_default(name: str, value: str) -> None:
-    if value != MEANINGLESS[name]:
-        launcher = name in ("world_size", "local_rank", "rank", "dist_url", "dist_on_itp")
-        reason = "processes come from torchrun or Slurm" if launcher else "the network masks no tokens"
-        raise ValueError(f"--{name} {value} has no meaning here ({reason}): leave it out")

@@ -1,4 +1,4 @@
-"""A run's checkpoints: folders named by their step, and what they hold.
+"""A run's checkpoints: folders named by their step, and what they hold; the settings of every start are beside them.
 
 ema.safetensors     the first EMA, which sample.py takes; ema_0.999.safetensors ... the others
 state.pt            weights and optimizer; with FSDP the folder state/, to which every rank adds its shards
@@ -16,18 +16,20 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+import yaml
 from torch import nn
+from torch.distributed.checkpoint import state_dict as state_dicts
 
 from diffit import distributed
 from diffit.checkpoint import load_weights, save_checkpoint
 from diffit.distributed import World
-from diffit.files import first_line
+from diffit.files import as_tree, difference, first_line, write_atomically
 from diffit.sources import CheckpointConfig, find_checkpoint
 from diffit.training.config import TrainConfig
 from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
@@ -36,6 +38,14 @@ from diffit.training.step import TrainState
 EMA_FILE, STATE_FILE, STATE_FOLDER, PROGRESS_FILE = "ema.safetensors", "state.pt", "state", "progress.json"
 MARKER = "complete.json"
 _PIECE = 1 << 24
+
+# Settings without which a checkpoint means something else (a VAE may move: its weights are compared with those of the
+# latents), and those that do not change what a run learns.
+_FIXED = ("process", "diffusion", "edm", "flow")
+_FREE = {
+    *("run_dir", "dry_run", "log_every", "save_every", "keep", "keep_every", "preview_every", "evaluation"),
+    *("sampling", "guidance", "max_skipped", "rank_timeout", "tracker", "data.workers", "data.path", "data.cache"),
+}
 
 
 def ema_files(config: TrainConfig) -> list[str]:
@@ -65,8 +75,7 @@ def save_run(
     try:
         distributed.on_main(world, partial(_begin, part))
         _write_state(state, part, description, world)
-        distributed.on_main(world, partial(_finish, part, final))
-        distributed.on_main(world, partial(_prune, folder, config.keep, config.keep_every))
+        distributed.on_main(world, partial(_finish, part, final, config))
     except (OSError, RuntimeError) as error:
         distributed.on_main(world, lambda: shutil.rmtree(part, ignore_errors=True))  # gives back its space
         failed = f"the checkpoint of step {state.step} could not be written ({write_failure(error)})"
@@ -96,7 +105,7 @@ def load_run(
     Raises:
         ValueError: if it is one of another kind of run.
     """
-    newest = distributed.on_main(world, lambda: newest_intact(folder, print))
+    newest = distributed.on_main(world, partial(newest_intact, folder))
     if newest is None:
         return
     _, found = find_checkpoint(path=newest / EMA_FILE)
@@ -107,7 +116,32 @@ def load_run(
             f"{folder.parent} holds a run of other classes ({', '.join(found.class_names)}), the data now have "
             f"{', '.join(description.class_names)}: give the same images, or choose another --run_dir"
         )
-    progress = _read_state(state, newest, found, device)
+    sharded = (newest / STATE_FOLDER).exists()
+    if sharded != is_sharded(state.model):
+        kinds = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
+        raise ValueError(f"{newest} was written with --parallel {kinds[0]}: go on with it, not with {kinds[1]}")
+    for name, ema in state.emas.items():
+        if not (newest / name).exists():
+            raise ValueError(f"{newest} has no {name}: go on with the EMAs (--ema_decay) that it was begun with")
+        weights = load_weights(newest / name, found).state_dict()
+        if sharded:
+            options = state_dicts.StateDictOptions(full_state_dict=True)
+            state_dicts.set_model_state_dict(ema.model, weights, options=options)
+        else:
+            ema.model.load_state_dict(weights)
+    if sharded:
+        shards = _shards(state)
+        dcp.load(shards, checkpoint_id=newest / STATE_FOLDER)
+        state_dicts.set_state_dict(
+            state.model, state.optimizer, model_state_dict=shards["model"], optim_state_dict=shards["optimizer"]
+        )
+    else:
+        whole = torch.load(newest / STATE_FILE, map_location=device, weights_only=True)
+        state.model.load_state_dict(whole["model"])
+        for group in whole["optimizer"]["param_groups"]:  # it may have been written on another kind of device
+            group["fused"] = state.optimizer.defaults["fused"]
+        state.optimizer.load_state_dict(whole["optimizer"])
+    progress = json.loads((newest / PROGRESS_FILE).read_text())
     state.step, state.skipped = progress["step"], progress["skipped"]
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(progress["scaler"])
@@ -121,8 +155,6 @@ def _write_state(state: TrainState, folder: Path, description: CheckpointConfig,
     progress = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
     distributed.on_main(world, lambda: (folder / PROGRESS_FILE).write_text(json.dumps(progress)))
     if is_sharded(state.model):
-        import torch.distributed.checkpoint as dcp
-
         try:
             dcp.save(_shards(state), checkpoint_id=folder / STATE_FOLDER)
         except dcp.api.CheckpointException as error:  # of all ranks; it is no Exception
@@ -136,50 +168,28 @@ def _save_whole(state: TrainState, path: Path) -> None:
         torch.save({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}, file)
 
 
-def _read_state(state: TrainState, folder: Path, description: CheckpointConfig, device: torch.device) -> dict[str, Any]:
-    """Take everything from a folder; returns the progress."""
-    sharded = (folder / STATE_FOLDER).exists()
-    if sharded != is_sharded(state.model):
-        kinds = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
-        raise ValueError(f"{folder} was written with --parallel {kinds[0]}: go on with it, not with {kinds[1]}")
-    for name, ema in state.emas.items():
-        if not (folder / name).exists():
-            raise ValueError(f"{folder} has no {name}: go on with the EMAs (--ema_decay) that it was begun with")
-        _load_ema(ema.model, load_weights(folder / name, description))
-    if sharded:
-        _load_shards(state, folder / STATE_FOLDER)
-    else:
-        whole = torch.load(folder / STATE_FILE, map_location=device, weights_only=True)
-        state.model.load_state_dict(whole["model"])
-        for group in whole["optimizer"]["param_groups"]:  # it may have been written on another kind of device
-            group["fused"] = state.optimizer.defaults["fused"]
-        state.optimizer.load_state_dict(whole["optimizer"])
-    return json.loads((folder / PROGRESS_FILE).read_text())
-
-
-def _load_ema(model: nn.Module, source: nn.Module) -> None:
-    if not is_sharded(model):
-        model.load_state_dict(source.state_dict())
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, source.state_dict(), options=StateDictOptions(full_state_dict=True))
-
-
 def _shards(state: TrainState) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    model, optimizer = get_state_dict(state.model, state.optimizer)
+    model, optimizer = state_dicts.get_state_dict(state.model, state.optimizer)
     return {"model": model, "optimizer": optimizer}
 
 
-def _load_shards(state: TrainState, folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
+def record_start(run_dir: Path, config: TrainConfig, step: int) -> str:
+    """Write config.yaml, and add the settings to starts.jsonl; returns what changed since the last start, if anything.
 
-    shards = _shards(state)
-    dcp.load(shards, checkpoint_id=folder)
-    set_state_dict(state.model, state.optimizer, model_state_dict=shards["model"], optim_state_dict=shards["optimizer"])
+    Raises:
+        ValueError: if a run that has taken steps cannot go on with these settings.
+    """
+    path, settings = run_dir / "starts.jsonl", as_tree(config)
+    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    before = starts[-1]["settings"] if starts and step else settings
+    lost = difference({key: before[key] for key in _FIXED}, {key: settings[key] for key in _FIXED})
+    if lost:
+        raise ValueError(f"{run_dir} holds a run of other settings ({lost}): choose another --run_dir")
+    changed = difference(before, settings, _FREE)
+    lines = [json.dumps(line) for line in (*starts, {"step": step, "changed": changed, "settings": settings})]
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    write_atomically(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+    return changed
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -187,7 +197,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"[0-9]*/{MARKER}") if path.parent.name.isdigit())
 
 
-def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
+def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint whose files are what the marker says; broken ones are named and put aside."""
     for found in sorted((f for f in folder.glob("[0-9]*") if f.name.isdigit()), reverse=True):
         wrong = integrity_error(found)
@@ -196,7 +206,7 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
         aside = found.with_suffix(".broken")
         shutil.rmtree(aside, ignore_errors=True)
         found.rename(aside)
-        say(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
+        print(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
     return None
 
 
@@ -237,20 +247,13 @@ def load_trained(path: Path) -> tuple[nn.Module, CheckpointConfig]:
     _, config = find_checkpoint(path=weights)
     model = load_weights(path if path.name == STATE_FILE else weights, config)
     if path.name == STATE_FOLDER:
-        _load_weights_from_shards(model, path)
+        try:
+            with warnings.catch_warnings():  # that there is only one rank, which is meant
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.load({"model": model.state_dict()}, checkpoint_id=path)  # in place
+        except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
+            raise ValueError(f"the shards in {path} are damaged or incomplete ({first_line(error)})") from error
     return model, config
-
-
-def _load_weights_from_shards(model: nn.Module, folder: Path) -> None:
-    """Take a network's weights, in place, from the shards of any number of ranks."""
-    import torch.distributed.checkpoint as dcp
-
-    try:
-        with warnings.catch_warnings():  # that there is only one rank, which is meant
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load({"model": model.state_dict()}, checkpoint_id=folder)
-    except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-        raise ValueError(f"the shards in {folder} are damaged or incomplete ({first_line(error)})") from error
 
 
 def _begin(part: Path) -> None:
@@ -260,21 +263,14 @@ def _begin(part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _finish(part: Path, final: Path) -> None:
-    """Sync, mark and rename what was begun."""
-    marker = json.dumps(checksums(part), indent=1).encode()
-    with open(part / MARKER, "wb") as file:
-        file.write(marker)
-        file.flush()
-        os.fsync(file.fileno())
+def _finish(part: Path, final: Path, config: TrainConfig) -> None:
+    """Sync, mark and rename what was begun; then drop what need not be kept."""
+    write_atomically(part / MARKER, json.dumps(checksums(part), indent=1).encode())
     _sync_folder(part)
     part.rename(final)
     _sync_folder(final.parent)
-
-
-def _prune(folder: Path, keep: int, keep_every: int) -> None:
-    for old in complete_checkpoints(folder)[:-keep]:
-        if not keep_every or int(old.name) % keep_every:
+    for old in complete_checkpoints(final.parent)[: -config.keep]:
+        if not config.keep_every or int(old.name) % config.keep_every:
             gone = old.with_suffix(".part")
             old.rename(gone)  # half a checkpoint never counts, not even one half removed
             shutil.rmtree(gone)
@@ -282,17 +278,15 @@ def _prune(folder: Path, keep: int, keep_every: int) -> None:
 
 def checksums(folder: Path) -> dict[str, list[int]]:
     """Size and CRC-32 of every file but the marker, each synced to disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
-
-
-def _checksum(path: Path) -> list[int]:
-    size = crc = 0
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-        os.fsync(file.fileno())
-    return [size, crc]
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER):
+        size = crc = 0
+        with open(path, "rb") as file:
+            while piece := file.read(_PIECE):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+            os.fsync(file.fileno())
+        found[path.relative_to(folder).as_posix()] = [size, crc]
+    return found
 
 
 def _sync_folder(folder: Path) -> None:

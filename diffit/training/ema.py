@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from diffit.training.config import OptimizerConfig, TrainConfig
 
-RAMP_UP = 0.05
-
 
 def ramped_decay(decay: float, step: int) -> float:
     """The decay at optimizer step `step`, counted from 1: (1 + step) / (10 + step), up to `decay`.
@@ -19,20 +17,13 @@ def ramped_decay(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def half_life_decay(half_life: float, batch_size: int, step: int) -> float:
-    """The decay at optimizer step `step`, counted from 1, for a half-life in images, as in EDM.
-
-    It is at most 5% of the images seen before the step: the EMA forgets the initialisation at once.
-    """
-    ramped = min(half_life, (step - 1) * batch_size * RAMP_UP)
-    return 0.5 ** (batch_size / ramped) if ramped else 0.0
-
-
 def ema_decays(config: TrainConfig, step: int) -> list[float]:
     """The decay of each EMA at optimizer step `step`, counted from 1."""
     if config.ema_half_life is None:
         return [ramped_decay(decay, step) for decay in config.ema_rates]
-    return [half_life_decay(half_life, config.batch_size, step) for half_life in config.ema_rates]
+    # As in EDM a half-life is at most 5% of the images seen before the step: the initialisation is forgotten at once.
+    half_lives = [min(half_life, (step - 1) * config.batch_size * 0.05) for half_life in config.ema_rates]
+    return [0.5 ** (config.batch_size / half_life) if half_life else 0.0 for half_life in half_lives]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

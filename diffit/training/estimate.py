@@ -17,8 +17,6 @@ from diffit.device import product_dtype
 from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config
 from diffit.training.config import TrainConfig
 
-_FORWARD_AND_BACKWARD = 3  # the backward pass computes two products for each one of the forward pass
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -39,7 +37,8 @@ def estimate(network: NetworkConfig) -> Estimate:
     """Count a network's work by running it on shapes without numbers."""
     with torch.device("meta"):
         model = build_model(network)
-        inputs = _inputs(network)
+        x = torch.empty(1, network.in_channels, network.input_size, network.input_size)
+        t, y = torch.empty(1), torch.zeros(1, dtype=torch.int64)
     kept: dict[int, int] = {}
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     alive: list[Tensor] = []  # a freed storage's address would be used again
@@ -52,14 +51,10 @@ def estimate(network: NetworkConfig) -> Estimate:
         return tensor
 
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(*inputs)
+        model(x, t, y)
     parameters = sum(p.numel() for p in model.parameters())
-    return Estimate(parameters, _FORWARD_AND_BACKWARD * counter.get_total_flops(), sum(kept.values()))
-
-
-def _inputs(network: NetworkConfig) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.empty(1, network.in_channels, network.input_size, network.input_size)
-    return x, torch.empty(1), torch.zeros(1, dtype=torch.int64)
+    flops = 3 * counter.get_total_flops()  # the backward pass computes two products for each one of the forward pass
+    return Estimate(parameters, flops, sum(kept.values()))
 
 
 def report(config: TrainConfig, ranks: int = 1, device: torch.device | None = None) -> str:
@@ -96,29 +91,25 @@ def report(config: TrainConfig, ranks: int = 1, device: torch.device | None = No
 
 def in_words(seconds: float) -> str:
     """A duration: '40 s', '12 min', '3.5 h', '6 days'."""
-    for size, unit in ((86_400 * 2, "days"), (7_200, "h"), (120, "min")):
-        if seconds >= size:
-            return f"{seconds / {'days': 86_400, 'h': 3_600, 'min': 60}[unit]:.3g} {unit}"
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.0f} s"
 
 
 def measured_peak(device: torch.device, precision: Precision) -> float:
     """Operations a second that a device reaches in large matrix products at a precision."""
-    side, repeats = (8192, 20) if device.type == "cuda" else (1024, 20)
+    on_gpu, repeats = device.type == "cuda", 20
+    side = 8192 if on_gpu else 1024
     a, b = (torch.randn(side, side, device=device, dtype=product_dtype(precision)) for _ in range(2))
-
-    def seconds() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         for _ in range(repeats):
             torch.mm(a, b)
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    seconds()  # warms up
-    return 2 * side**3 * repeats / seconds()
+        seconds = time.perf_counter() - start
+    return 2 * side**3 * repeats / seconds
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,12 +5,10 @@ Letters: B images, H x W x C of an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffit.codec import create_codec
@@ -25,7 +23,6 @@ from diffit.sources import CheckpointConfig
 from diffit.training.config import TrainConfig
 
 _IMAGES, _SEED = 16, 0
-
 
 Draw = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
 
@@ -68,16 +65,12 @@ def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Call
     settings = config.evaluation
     backend = create_backend("torch", features=settings.features, device=device)
     reference = load_reference(settings.reference or "", backend, manifold=False)
-
-    def batches(model: nn.Module) -> Iterator[NDArray[np.uint8]]:
-        """This rank's samples, uint8 [B, H, W, C]."""
-        start, stop = share(settings.samples)
-        for first in range(start, stop, settings.batch_size):
-            indices = range(first, min(first + settings.batch_size, stop))
-            yield draw(model, indices, ()).cpu().numpy()
+    own = range(*share(settings.samples))
+    batches = [own[first : first + settings.batch_size] for first in range(0, len(own), settings.batch_size)]
 
     def score(model: nn.Module) -> dict[str, float]:
-        scores = score_images(batches(model), reference, backend, manifold=False)
+        images = (draw(model, indices, ()).cpu().numpy() for indices in batches)
+        scores = score_images(images, reference, backend, manifold=False)
         return {"fid": scores.fid, "inception_score": scores.inception_score}
 
     return score

@@ -5,23 +5,18 @@ Letters: H heads, w side of the attention window, C channels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffit.checkpoint import load_weights
+from diffit.distributed import World
 from diffit.models.config import NetworkConfig, build_model
 from diffit.training.config import TrainConfig, find_start
 
-_LABELS = "y_embedder.embedding_table.weight"
-_BIAS = "relative_position_bias_table"
-_POSITION = "pos_embed"
 
-
-def initial_model(config: TrainConfig, network: NetworkConfig, say: Callable[[str], None]) -> nn.Module:
-    """A fresh network, or the one that --init_from names; `say` gets a sentence for each change that it needed."""
+def initial_model(config: TrainConfig, network: NetworkConfig, world: World) -> nn.Module:
+    """A fresh network, or the one that --init_from names; rank 0 prints each change that it needed."""
     if config.init_from is None:
         return build_model(network)
     source, found = find_start(config)
@@ -29,8 +24,8 @@ def initial_model(config: TrainConfig, network: NetworkConfig, say: Callable[[st
     model = build_model(network)
     weights, changes = adapt_state(trained.state_dict(), model.state_dict())
     model.load_state_dict(weights)
-    for change in changes:
-        say(f"--init_from {source}: {change}")
+    for change in changes if world.is_main else []:
+        print(f"--init_from {source}: {change}")
     return model
 
 
@@ -48,23 +43,28 @@ def adapt_state(source: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[d
     Raises:
         ValueError: in one sentence, if the networks differ in anything else.
     """
-    _check_names(source, target)
-    adapted, resized = {}, []
-    sentences = []
+    odd = sorted(source.keys() ^ target.keys())
+    if odd:
+        where = "lack" if odd[0] in target else "also hold"
+        raise ValueError(
+            f"the weights to start from are of another network: they {where} {odd[0]}; only the number of classes and "
+            "the resolution may differ"
+        )
+    adapted, resized, sentences = {}, [], []
     for name, wanted in target.items():
         value = source[name]
         if value.shape == wanted.shape:
             adapted[name] = value
-        elif name == _LABELS and value.shape[1] == wanted.shape[1]:
+        elif name == "y_embedder.embedding_table.weight" and value.shape[1] == wanted.shape[1]:
             adapted[name] = torch.cat([wanted[:-1], value[-1:].to(wanted)])
             sentences.append(
                 f"the label table was made anew for {len(wanted) - 1} classes instead of {len(value) - 1}; "
                 "its null class is kept"
             )
-        elif name.endswith(_BIAS) and value.shape[1] == wanted.shape[1]:
+        elif name.endswith("relative_position_bias_table") and value.shape[1] == wanted.shape[1]:
             adapted[name] = resize_bias(value, _window(wanted))
             resized.append((_window(value), _window(wanted)))
-        elif name == _POSITION and value.shape[2] == wanted.shape[2]:
+        elif name == "pos_embed" and value.shape[2] == wanted.shape[2]:
             adapted[name] = wanted
             sides = [round(tensor.shape[1] ** 0.5) for tensor in (value, wanted)]
             sentences.append(f"the position embedding was computed for a grid of {sides[1]} instead of {sides[0]}")
@@ -79,16 +79,6 @@ def adapt_state(source: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[d
             f"{resized[0][1]}"
         )
     return adapted, sentences
-
-
-def _check_names(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    odd = sorted(source.keys() ^ target.keys())
-    if odd:
-        where = "lack" if odd[0] in target else "also hold"
-        raise ValueError(
-            f"the weights to start from are of another network: they {where} {odd[0]}; only the number of classes and "
-            "the resolution may differ"
-        )
 
 
 def _window(table: Tensor) -> int:

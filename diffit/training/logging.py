@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -16,10 +17,10 @@ from diffit.distributed import World
 from diffit.files import write_atomically
 from diffit.models.config import NetworkConfig
 from diffit.training.config import TrainConfig
+from diffit.training.ema import ema_decays
 from diffit.training.estimate import estimate, in_words, measured_peak, peak_memory
+from diffit.training.step import TrainState
 from diffit.training.tracker import create_tracker
-
-_TIMED = 2, 12  # the steps of a start between which the time to go is measured; the first ones also compile
 
 
 class MetricLogger:
@@ -54,7 +55,7 @@ class MetricLogger:
         """One step more on the bar; once the first ones are timed, how long the run will take."""
         self.bar.update()
         self.steps += 1
-        begin, end = _TIMED
+        begin, end = 2, 12  # between which the time to go is measured; the first steps also compile
         if self.steps == begin:
             self.begun = time.monotonic()
         elif self.steps == end:
@@ -71,20 +72,24 @@ class MetricLogger:
         """This rank's loss, mse, vb and gradient norm [4] of a step that was taken."""
         self.sums, self.count = self.sums + values, self.count + 1
 
-    def metrics(self, step: int, **values: Any) -> None:
-        """Log `values` and the means, over ranks and the steps taken since the last call; None if none was taken."""
+    def metrics(self, state: TrainState) -> None:
+        """Log the means over ranks and the steps taken since the last call; None if none was taken."""
         if self.world.size > 1:
             dist.all_reduce(self.sums)
         means = [total / self.count for total in (self.sums / self.world.size).tolist()] if self.count else 4 * [None]
         self.sums, self.count = torch.zeros_like(self.sums), 0
-        loss = means[0]
+        step, loss = state.step, means[0]
         speed = (step - self.first) * self.config.batch_size / (time.monotonic() - self.since)
         mfu = self.peak and speed / self.world.size * self.flops / self.peak
         self.restart_clock(step)
         self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", img_s=f"{speed:.0f}")
-        measured = dict(zip(("loss", "mse", "vb", "grad_norm"), means, strict=True)) | values
+        values: dict[str, Any] = dict(zip(("loss", "mse", "vb", "grad_norm"), means, strict=True))
+        values |= {"lr": state.optimizer.param_groups[0]["lr"], "skipped": state.skipped}
+        values |= {"ema_decay": ema_decays(self.config, step)[0]}
+        if state.scaler.is_enabled():
+            values["loss_scale"] = state.scaler.get_scale()
         clock = {"images_per_s": round(speed, 1), "mfu": mfu, "peak_memory": peak_memory(self.device)}
-        self._write(step, measured | clock)
+        self._write(step, values | clock)
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of samples, on a line of their own."""
@@ -116,13 +121,9 @@ class MetricLogger:
 
 def forget_later_lines(path: Path, last_step: int) -> None:
     """Drop from a log what was logged after the step that a run goes on from."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    write_atomically(path, "".join(f"{line}\n" for line in lines if _step(line) <= last_step).encode())
-
-
-def _step(line: str) -> float:
-    """The step of a line; a line that was cut off when the run was killed belongs to no step."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError, KeyError):  # it was cut off when the run was killed
+            if json.loads(line)["step"] <= last_step:
+                kept.append(f"{line}\n")
+    write_atomically(path, "".join(kept).encode())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,14 +20,13 @@ from diffit.distributed import World
 from diffit.files import exclusive
 from diffit.models.config import NetworkConfig, model_config
 from diffit.sources import CheckpointConfig
-from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, save_run
+from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
-from diffit.training.ema import EMA, ema_decays
+from diffit.training.ema import EMA
 from diffit.training.evaluate import create_draw, create_scorer, save_preview
 from diffit.training.init import initial_model
 from diffit.training.logging import MetricLogger
 from diffit.training.parallel import apply_activation_checkpointing, is_sharded, parallelize, shard
-from diffit.training.starts import record_start
 from diffit.training.step import TrainState, train_step
 from diffit.training.stopping import Stopped, StopSignals
 
@@ -48,12 +48,10 @@ def train(task: TrainTask) -> Path:
         # The folder, the data, the network, the newest checkpoint if there is one, and the batches from there on
         check_shares(config, world)
         distributed.on_main(world, lambda: held.enter_context(exclusive(run_dir)))
-        data = open_data(config, run_dir, world, device)
-        description = config.checkpoint_config(data.class_names, "")
-        check_fit(data, description)
+        data, description = open_data(config, run_dir, world, device)
         state = create_state(config, description.network, device, world)
         load_run(state, checkpoints, description, device, world)
-        start = read_start(config)  # now: the file may be gone when a checkpoint is written
+        after = made_after(config)  # now: the file may be gone when a checkpoint is written
         batches = create_batches(data, state, config, description.network, device, world)
         ema = state.emas[EMA_FILE].model
 
@@ -79,9 +77,10 @@ def train(task: TrainTask) -> Path:
                 previews = is_due(step, config.preview_every)
                 scores = is_due(step, config.evaluation.every)
                 if saves or previews or scores or is_due(step, config.log_every):
-                    log_step(logger, state, config)
+                    logger.metrics(state)
                 if saves:
-                    named = config.checkpoint_config(data.class_names, made_by(task, step, start))
+                    made_by = f"{task.recipe}, {step} steps of {config.batch_size} images{after}"
+                    named = replace(description, made_by=made_by)
                     failed = save_run(state, checkpoints, config, named, world, must=last)
                     if failed:
                         logger.info(failed)
@@ -106,12 +105,26 @@ def train(task: TrainTask) -> Path:
         distributed.stop()
 
 
-def open_data(config: TrainConfig, run_dir: Path, world: World, device: torch.device) -> TrainingSet:
-    """The data set as the network is to see it."""
+def open_data(
+    config: TrainConfig, run_dir: Path, world: World, device: torch.device
+) -> tuple[TrainingSet, CheckpointConfig]:
+    """The data set as the network is to see it, and what checkpoints will say of themselves.
+
+    Raises:
+        ValueError: if its inputs are not of the network's shape, or a label is beyond its classes.
+    """
     network, codec = model_config(config.model, **config.network), create_codec(config.codec, device)
-    size = network.input_size * config.codec.factor
-    channels = network.in_channels
-    return open_training_set(config.data, codec, size, channels, seed=config.seed, run_dir=run_dir, world=world)
+    size, channels = network.input_size * config.codec.factor, network.in_channels
+    data = open_training_set(config.data, codec, size, channels, seed=config.seed, run_dir=run_dir, world=world)
+    expected = (channels, network.input_size, network.input_size)
+    if data.shape != expected:
+        shapes = ["x".join(map(str, shape)) for shape in (data.shape, expected)]
+        raise ValueError(
+            f"the data are {shapes[0]} and {config.model} takes {shapes[1]}: set --network or --codec to fit"
+        )
+    description = config.checkpoint_config(data.class_names, "")
+    fitting_labels(data.labels, description.network.num_classes)
+    return data, description
 
 
 def create_batches(
@@ -141,11 +154,7 @@ def create_batches(
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
-    """Refuse a batch of which the ranks, or the parts that each computes it in, cannot have equal shares.
-
-    Raises:
-        ValueError: if they cannot.
-    """
+    """Raise ValueError for a batch of which the ranks, or the parts that each computes it in, have no equal shares."""
     size, ranks = config.batch_size, world.size
     if size % ranks:
         raise ValueError(f"--batch_size {size} cannot be shared by {ranks} ranks: choose a multiple")
@@ -156,22 +165,6 @@ def check_shares(config: TrainConfig, world: World) -> None:
         )
 
 
-def check_fit(data: TrainingSet, description: CheckpointConfig) -> None:
-    """Refuse data that the network does not take.
-
-    Raises:
-        ValueError: if its inputs are of another shape, or a label is beyond its classes.
-    """
-    network = description.network
-    expected = (network.in_channels, network.input_size, network.input_size)
-    if data.shape != expected:
-        shapes = ["x".join(map(str, shape)) for shape in (data.shape, expected)]
-        raise ValueError(
-            f"the data are {shapes[0]} and {description.model} takes {shapes[1]}: set --network or --codec to fit"
-        )
-    fitting_labels(data.labels, network.num_classes)
-
-
 def create_state(config: TrainConfig, network: NetworkConfig, device: torch.device, world: World) -> TrainState:
     """Network, EMAs and optimizer at step 0, the same in all ranks.
 
@@ -179,8 +172,7 @@ def create_state(config: TrainConfig, network: NetworkConfig, device: torch.devi
         ValueError: if the network cannot be sharded, or its blocks not recomputed, or --init_from does not fit.
     """
     torch.manual_seed(config.seed)  # the same initial weights in every rank
-    say: Callable[[str], None] = print if world.is_main else lambda sentence: None
-    model = initial_model(config, network, say).to(device).train()
+    model = initial_model(config, network, world).to(device).train()
     emas = {name: EMA(model) for name in ema_files(config)}
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
@@ -206,24 +198,9 @@ def is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def log_step(logger: MetricLogger, state: TrainState, config: TrainConfig) -> None:
-    """One line of the log."""
-    values = {"lr": state.optimizer.param_groups[0]["lr"], "skipped": state.skipped}
-    values |= {"ema_decay": ema_decays(config, state.step)[0]}
-    if state.scaler.is_enabled():
-        values["loss_scale"] = state.scaler.get_scale()
-    logger.metrics(state.step, **values)
-
-
-def read_start(config: TrainConfig) -> str:
-    """What made the weights that --init_from names, or where they are; empty without it."""
+def made_after(config: TrainConfig) -> str:
+    """What made the weights that --init_from names, or where they are, as it ends the sentence; empty without it."""
     if config.init_from is None:
         return ""
     source, found = find_start(config)
-    return found.made_by or str(source)
-
-
-def made_by(task: TrainTask, step: int, start: str) -> str:
-    """The recipe, how far it was followed, and what it started from."""
-    here = f"{task.recipe}, {step} steps of {task.config.batch_size} images"
-    return f"{here}, after {start}" if start else here
+    return f", after {found.made_by or source}"

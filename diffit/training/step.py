@@ -68,7 +68,9 @@ def train_step(
     lr = learning_rate(config.optimizer, state.step, config.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    torch.manual_seed(dropout_seed(config.seed, state.step, world.rank))  # PyTorch's dropout draws from this generator
+    # PyTorch's dropout draws from this generator.
+    stream = keyed_generator(config.seed, state.step, RandomStream.DROPOUT + world.rank)
+    torch.manual_seed(int(stream.integers(2**63)))
     state.optimizer.zero_grad(set_to_none=True)
 
     # Loss and gradient, part by part; ranks share their gradients after the last part.
@@ -104,36 +106,19 @@ def train_step(
         for ema, decay in zip(state.emas.values(), ema_decays(config, state.step), strict=True):
             ema.update(state.model, decay)
     state.scaler.update()
-    count_skip(state, skip, config.max_skipped)
-    return StepResult(values, not skip, stop)
-
-
-def count_skip(state: TrainState, skip: bool, limit: int) -> None:
-    """Take note of whether the last step was skipped.
-
-    Raises:
-        ValueError: if it was the `limit`-th in a row.
-    """
     state.skipped += skip
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skip else 0
-    if state.skipped_in_a_row >= limit:
+    if state.skipped_in_a_row >= config.max_skipped:
         raise ValueError(
             f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, the last of them step "
             f"{state.step}: lower --optimizer.lr, set --optimizer.grad_clip, or choose --precision bf16 or fp32; the "
             "same command goes on from the newest checkpoint"
         )
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of what dropout draws in a step of a rank, below 2^63."""
-    return int(keyed_generator(seed, step, RandomStream.DROPOUT + rank).integers(2**63))
+    return StepResult(values, not skip, stop)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` batches of the same size, its images in their order."""
-    size = len(batch.t) // parts
-    pieces = [slice(first, first + size) for first in range(0, len(batch.t), size)]
-    return [
-        Batch(batch.x_start[p], batch.noise[p], batch.t[p], {n: value[p] for n, value in batch.conditions.items()})
-        for p in pieces
-    ]
+    pieces = zip(batch.x_start.chunk(parts), batch.noise.chunk(parts), batch.t.chunk(parts), strict=True)
+    conditions = {name: value.chunk(parts) for name, value in batch.conditions.items()}
+    return [Batch(*piece, {name: value[i] for name, value in conditions.items()}) for i, piece in enumerate(pieces)]

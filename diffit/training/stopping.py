@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 EXIT_CODE = 75  # EX_TEMPFAIL: not done, start it again
 
@@ -23,7 +23,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
