@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,10 @@ from diffit.config import Precision
 from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import SampleNoise, create_process, create_sampler, guided_model
 from diffit.diffusion.config import SKIP_BELOW
+from diffit.diffusion.samplers import model_at
 from diffit.files import write_atomically
 from diffit.models.config import build_model
-from diffit.models.fast import compiles, fast_network, fast_precision
+from diffit.models.fast import compiles, cpu_info, fast_network, fast_precision
 from diffit.nn.attention import TMSA, matmul_attention
 from diffit.sampling.images import sample_batch
 from diffit.sources import BUNDLED, CheckpointConfig, default_config, find_checkpoint
@@ -51,15 +52,6 @@ CASES: dict[str, tuple[str, int | None, int, int]] = {
 }
 PARTS = ("sampling", "training")
 _SEED = 0
-
-
-class Variant(NamedTuple):
-    """A network as it is called, with the settings and the precision that it is sampled with."""
-
-    call: Any
-    config: CheckpointConfig
-    precision: Precision
-
 
 # What is measured of a variant -> head of its column, and how its values are written.
 _COLUMNS = {
@@ -106,35 +98,13 @@ def interleaved(
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def load_case(name: str, device: torch.device, weights: str | None = None) -> tuple[CheckpointConfig, nn.Module, bool]:
-    """Config and network (in eval mode) of a case, and whether it is trained: by a file, or bundled; else random.
-
-    Raises:
-        ValueError: if the file holds another network.
-    """
-    model_name, image_size, *_ = CASES[name]
-    trained = weights is not None or model_name in BUNDLED
-    if trained:
-        source, config = find_checkpoint(model_name, weights, image_size)
-        model = load_weights(source.fetch(), config)
-    else:
-        config = default_config(model_name, image_size)
-        model = build_model(config.network)
-        head: Any = getattr(model, "head", None) or model.get_submodule("final_layer.linear")
-        nn.init.xavier_uniform_(head.weight.detach().flatten(1))  # it starts at zero, and so would all predictions
-    return config, model.eval().to(device), trained
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A network of the same weights in the same memory; to replace a layer of one does not touch the other."""
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, shared)
+    """A network of the same weights in the same memory, without gradients; its layers can be replaced."""
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
 
 
 def with_matmul_attention(model: nn.Module) -> nn.Module:
@@ -145,27 +115,25 @@ def with_matmul_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def _precisions(device: torch.device) -> tuple[Precision, Precision]:
-    """The baseline's, and the fast path's."""
-    return "tf32" if device.type == "cuda" else "fp32", fast_precision(device)
-
-
 def _is_guided(config: CheckpointConfig) -> bool:
     return config.network.num_classes > 0 and config.guidance.enabled and config.guidance.scale != 1
 
 
-def _variants(config: CheckpointConfig, model: nn.Module, device: torch.device) -> dict[str, Variant]:
-    """What takes turns in sampling."""
-    (exact, low), skipping = _precisions(device), config
+def _variants(
+    config: CheckpointConfig, model: nn.Module, device: torch.device
+) -> dict[str, tuple[Any, CheckpointConfig, Precision]]:
+    """What takes turns in sampling: each network as it is called, and the settings and precision it is sampled with."""
+    exact: Precision = "tf32" if device.type == "cuda" else "fp32"
+    low, skipping = fast_precision(device), config
     if config.process_config.num_timesteps is not None:
         skipping = replace(config, guidance=replace(config.guidance, skip_below=SKIP_BELOW))
     variants = {
-        "baseline": Variant(with_matmul_attention(_copy_of(model)), config, exact),
-        "default": Variant(_copy_of(model), config, exact),
+        "baseline": (with_matmul_attention(_copy_of(model)), config, exact),
+        "default": (_copy_of(model), config, exact),
     }
     if low != exact:
-        variants[f"{low} autocast"] = Variant(autocast(_copy_of(model), device, low), config, low)
-    return variants | {"--fast True": Variant(fast_network(_copy_of(model), low, device), skipping, low)}
+        variants[f"{low} autocast"] = (autocast(_copy_of(model), device, low), config, low)
+    return variants | {"--fast True": (fast_network(_copy_of(model), low, device), skipping, low)}
 
 
 @torch.no_grad()
@@ -179,7 +147,7 @@ def measure_sampling(
     whole_batches: bool = False,
 ) -> list[Row]:
     """Guided calls of the network for `batch` images and, if wanted and affordable, whole batches."""
-    variants, network = _variants(config, model.requires_grad_(False), device), config.network
+    variants, network = _variants(config, model, device), config.network
     noise = SampleNoise(_SEED, range(batch), (network.in_channels, network.input_size, network.input_size), device)
     labels, x = noise.labels(max(network.num_classes, 1)), noise.start()
     sampler = create_sampler(config.process_config, config.sampling)
@@ -191,11 +159,11 @@ def measure_sampling(
         guided: Any = guided_model(
             call, labels, network.num_classes, config.guidance, config.process_config, network.input_size
         )
-        at_t = guided.at(t) if _is_guided(config) else guided
+        at_t = model_at(guided, t)
         return at_t, at_t is not guided
 
     def predict(name: str, t: float) -> Tensor:
-        set_matmul_precision(variants[name].precision)
+        set_matmul_precision(variants[name][2])
         return denoiser(name, t)[0](x, torch.full((batch,), t, device=device)).float()
 
     # A call that skips costs half: both kinds are timed, and weighted by the sampler's steps.
@@ -209,10 +177,10 @@ def measure_sampling(
     for name, (_, _, precision) in variants.items():
         passes = 1.0 + _is_guided(config) - (share if name == "--fast True" else 0)
         flops = passes * estimate(network).flops / 3  # of a forward pass alone
-        row = _row(name, precision, found[name], found["baseline"], batch, flops, device)
+        row = _row(name, precision, found, batch, flops, device, calls[name])
         probes = sorted(times)[:: max(1, len(times) // 3)]
         error = torch.stack([predict(name, t) - predict("baseline", t) for t in probes])
-        row |= {"images_per_s": row["images_per_s"] / len(times)} | _peak_memory(calls[name], device)
+        row |= {"images_per_s": row["images_per_s"] / len(times)}
         rows.append(row | {"max_error": error.abs().max().item(), "rms_error": error.square().mean().sqrt().item()})
     if not whole_batches or len(times) * sum(found[name] for name in variants) > seconds:
         return rows
@@ -231,12 +199,26 @@ def measure_sampling(
 
 
 def _row(
-    name: str, precision: Precision, second: float, baseline: float, batch: int, flops: float, device: torch.device
+    name: str,
+    precision: Precision,
+    seconds: dict[str, float],
+    batch: int,
+    flops: float,
+    device: torch.device,
+    call: Callable[[], object],
 ) -> Row:
-    """Of a call that takes so many seconds for `batch` images, each of so many operations."""
-    speed = {"ms": 1e3 * second, "speedup": baseline / second, "images_per_s": batch / second}
-    share = batch * flops / second / _peak(device, precision)
-    return {"variant": name, "precision": precision} | speed | {"peak_share": share}
+    """Of a call that takes seconds[name] for `batch` images, each of so many operations."""
+    images_per_s = batch / seconds[name]
+    row: Row = {"variant": name, "precision": precision, "ms": 1e3 * seconds[name]}
+    row |= {"speedup": seconds["baseline"] / seconds[name], "images_per_s": images_per_s}
+    row["peak_share"] = flops * images_per_s / _peak(device, precision)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        row["memory_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30  # beside what there was
+    return row
 
 
 def _visited_times(sampler: Any, config: CheckpointConfig, device: torch.device) -> list[float]:
@@ -258,16 +240,14 @@ def measure_training(
     config: CheckpointConfig, model: nn.Module, batch: int, device: torch.device, rounds: int, seconds: float
 ) -> list[Row]:
     """Whole optimizer steps: forward, loss, backward, AdamW, EMA."""
-    model.requires_grad_(True)
-    if hasattr(model, "pos_embed"):
-        model.pos_embed.requires_grad_(False)
     process, network = create_process(config.process_config), config.network
     generator = torch.Generator().manual_seed(_SEED)
     shape = (batch, network.in_channels, network.input_size, network.input_size)
     x_start, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     t = torch.full((batch,), 0.5 if config.process != "gaussian" else 500, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
-    (exact, low), ema = _precisions(device), EMA(model)
+    exact: Precision = "tf32" if device.type == "cuda" else "fp32"
+    low, ema = fast_precision(device), EMA(model)
 
     def step(call: Any, optimizer: torch.optim.Optimizer, precision: Precision) -> None:
         set_matmul_precision(precision)
@@ -289,20 +269,8 @@ def measure_training(
     found = interleaved(calls, device, rounds, seconds)
     flops = estimate(network).flops
     return [
-        _row(name, precision, found[name], found["baseline"], batch, flops, device) | _peak_memory(calls[name], device)
-        for name, (_, precision) in variants.items()
+        _row(name, precision, found, batch, flops, device, calls[name]) for name, (_, precision) in variants.items()
     ]
-
-
-def _peak_memory(call: Callable[[], object], device: torch.device) -> Row:
-    """The most GiB that a call needs beside what there was; nothing but on CUDA."""
-    if device.type != "cuda":
-        return {}
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return {"memory_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
 
 
 @cache
@@ -319,15 +287,6 @@ def table(rows: Sequence[Row], training: bool) -> str:
     lines = [[head for head, _ in columns.values()], ["---"] * len(columns)]
     lines += [[form.format(row[name]) for name, (_, form) in columns.items()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What is measured on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor or platform.machine()
-    return {"device": name, "kind": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -364,26 +323,35 @@ def run(args: argparse.Namespace) -> None:
         ValueError: in one sentence, for everything that a user can mend.
     """
     device = resolve_device(args.device)
-    found: dict[str, Any] = {"machine": machine(device), "cases": {}}
-    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+    processor = torch.cuda.get_device_name() if device.type == "cuda" else cpu_info("model name") or platform.machine()
+    machine = {"device": processor, "kind": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    found: dict[str, Any] = {"machine": machine, "cases": {}}
     for name in args.cases:
         torch.manual_seed(_SEED)
-        config, model, trained = load_case(name, device, args.model_path)
-        batch = args.batch_size or CASES[name][2:][device.type != "cuda"]
+        model_name, side, *batches = CASES[name]
+        trained = args.model_path is not None or model_name in BUNDLED
+        if trained:
+            source, config = find_checkpoint(model_name, args.model_path, side)
+            model = load_weights(source.fetch(), config)
+        else:
+            config = default_config(model_name, side)
+            model = build_model(config.network)
+            head: Any = getattr(model, "head", None) or model.get_submodule("final_layer.linear")
+            nn.init.xavier_uniform_(head.weight.detach().flatten(1))  # it starts at zero, and so would all predictions
+        model.eval().to(device)
+        batch = args.batch_size or batches[device.type != "cuda"]
         guided = f"guided at {config.guidance.scale:g}" if _is_guided(config) else "unguided"
         macs = estimate(config.network).flops / 6e9
         weights = "trained" if trained else "random"
         print(f"\n## {name}\n\nBatch {batch}, {macs:.4g} GMAC an image, {guided}, {weights} weights.")
         measured: dict[str, Any] = {"batch_size": batch, "gmac_per_image": macs}
-        if "sampling" in args.parts:
-            rows = measure_sampling(config, model, batch, device, args.rounds, args.seconds, whole_batches=trained)
-            print(f"\nSampling:\n\n{table(rows, training=False)}", flush=True)
-            measured["sampling"] = rows
-            torch.compiler.reset()
-        if "training" in args.parts:
-            rows = measure_training(config, model, batch, device, args.rounds, args.seconds)
-            print(f"\nTraining:\n\n{table(rows, training=True)}", flush=True)
-            measured["training"] = rows
+        parts: dict[str, Callable[..., list[Row]]]
+        parts = {"sampling": partial(measure_sampling, whole_batches=trained), "training": measure_training}
+        for part in [part for part in parts if part in args.parts]:
+            rows = parts[part](config, model, batch, device, args.rounds, args.seconds)
+            print(f"\n{part.capitalize()}:\n\n{table(rows, training=part == 'training')}", flush=True)
+            measured[part] = rows
             torch.compiler.reset()
         found["cases"][name] = measured
         if args.json:

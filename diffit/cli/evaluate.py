@@ -18,7 +18,7 @@ from diffit.distributed import World, main_first, on_main, start, stop
 from diffit.evaluation import fashion
 from diffit.evaluation.checks import check_images, check_labels, check_pair, class_labels
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
-from diffit.evaluation.features import INCEPTION, Backend, create_backend
+from diffit.evaluation.features import INCEPTION, create_backend
 from diffit.evaluation.reader import ImageFile
 from diffit.evaluation.scores import Scores, load_reference, score_images, share
 from diffit.evaluation.statistics import SingularCovarianceWarning
@@ -33,9 +33,7 @@ LABELS = {
     "precision": "Precision",
     "recall": "Recall",
 }
-_NEIGHBOURS = 3
-_NEEDS = {"sfid": "Inception's spatial features"}
-_NEEDS |= dict.fromkeys(("precision", "recall"), f"more than {_NEIGHBOURS} samples")
+_NEEDS = {"sfid": "Inception's spatial features"} | dict.fromkeys(("precision", "recall"), "more than 3 samples")
 # What ADM's README says of its public pair, and what half precision and other hardware may move.
 _PUBLISHED = {
     "inception_score": (215.837, 0.1),
@@ -93,7 +91,7 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     features = args.features if real else fashion.FEATURES
     kind, device = args.backend or "torch", resolve_device(args.device)
     backend = main_first(world, lambda: create_backend(kind, args.weights, features, device))
-    manifold, test, (first, end) = file.count > _NEIGHBOURS, None, share(file.count)
+    manifold, test, (first, end) = file.count > 3, None, share(file.count)  # precision takes 3 nearest neighbours
     with warnings.catch_warnings(record=True) as caught:  # for the bundled reference _inspect has said the same
         warnings.simplefilter("always" if real else "ignore", SingularCovarianceWarning)
         if real is None:
@@ -109,7 +107,12 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     if world.is_main:
         late = [str(entry.message) for entry in caught if issubclass(entry.category, SingularCovarianceWarning)]
         _warn(late)
-        protocol = _protocol(backend, bundled=real is None)
+        protocol = "ADM (Dhariwal & Nichol 2021)"
+        if backend.name != INCEPTION:
+            data = "" if real else "Fashion-MNIST, bundled: "
+            protocol = (
+                f"{data}ADM's scores in the features of a classifier, which compare with no scores in other features"
+            )
         print(f"protocol: {protocol}", f"features: {backend.name} on {device}", *reference.origin, sep="\n")
         print(*_lines(scores, test), sep="\n")
         if args.json:
@@ -121,24 +124,37 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
 
 
 def _open(args: argparse.Namespace) -> tuple[ImageFile | None, ImageFile]:
-    """Reference and samples; a reference of None means the bundled one, unless the user has chosen anything."""
-    file = ImageFile(args.samples or _find_samples(args.log_dir))
+    """Reference (by default ADM's for the size of the samples) and samples (by default the newest).
+
+    A reference of None means the bundled one, where the user has chosen nothing.
+    """
+    path = args.samples
+    if path is None:
+        here, project = Path("logs"), Path(__file__).resolve().parents[2] / "logs"
+        folder = args.log_dir or (project if project.is_dir() and not here.is_dir() else here)
+        found = sorted(folder.rglob("samples_*.npz"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise FileNotFoundError(
+                f"there is no samples_*.npz under {folder.resolve()}: sample first, or name REFERENCE and SAMPLES"
+            )
+        path = found[-1]
+    file = ImageFile(path)
     chosen = args.reference or args.backend or args.weights or args.features
     if not chosen and fashion.drawn_by_fashion_model(file.path):
         return None, file
-    return ImageFile(args.reference or _find_reference(file)), file
+    if args.reference:
+        return ImageFile(args.reference), file
+    height, width = file.image_shape[:2]
+    if height != width or height not in REFERENCES:
+        raise ValueError(
+            f"there is no public reference for {height}x{width} images: make one with evaluations/make_reference.py"
+        )
+    return ImageFile(cached(REFERENCES[height])), file
 
 
 def _exact(scores: Scores) -> Scores:
     """With precision and recall of exact distances in the place of ADM's."""
     return replace(scores, precision=scores.precision_exact, recall=scores.recall_exact)
-
-
-def _protocol(backend: Backend, bundled: bool) -> str:
-    if backend.name == INCEPTION:
-        return "ADM (Dhariwal & Nichol 2021)"
-    data = "Fashion-MNIST, bundled: " if bundled else ""
-    return f"{data}ADM's scores in the features of a classifier, which compare with no scores in other features"
 
 
 def _lines(scores: Scores, test: Scores | None) -> list[str]:
@@ -153,28 +169,6 @@ def _lines(scores: Scores, test: Scores | None) -> list[str]:
         elif field in _NEEDS:
             lines.append(f"{label}: not defined, it needs {_NEEDS[field]}")
     return lines
-
-
-def _find_samples(log_dir: Path | None) -> Path:
-    """The newest samples in a folder, by default logs/ here, else that of the project."""
-    here, project = Path("logs"), Path(__file__).resolve().parents[2] / "logs"
-    folder = log_dir or (project if project.is_dir() and not here.is_dir() else here)
-    found = sorted(folder.rglob("samples_*.npz"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"there is no samples_*.npz under {folder.resolve()}: sample first, or name REFERENCE and SAMPLES"
-        )
-    return found[-1]
-
-
-def _find_reference(samples: ImageFile) -> Path:
-    """ADM's reference for the size of these samples, from the cache or fetched."""
-    height, width = samples.image_shape[:2]
-    if height != width or height not in REFERENCES:
-        raise ValueError(
-            f"there is no public reference for {height}x{width} images: make one with evaluations/make_reference.py"
-        )
-    return cached(REFERENCES[height])
 
 
 def _inspect(reference: ImageFile | None, samples: ImageFile) -> list[str]:

@@ -253,12 +253,18 @@ def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: Gu
         is_foreign = setting.name in foreign - set(process.own_sampling)
         if is_foreign and getattr(sampling, setting.name) != setting.default:
             raise ValueError(f"--sampling.{setting.name} means nothing to the {name} process: leave it out")
-    _check_churn(sampling)
+    at_least_zero = {f"sampling.{name}": getattr(sampling, name) for name in ("s_churn", "s_min", "s_noise")}
+    for flag, value in (at_least_zero | {"guidance.skip_below": guidance.skip_below}).items():
+        if value < 0:
+            raise ValueError(f"--{flag} must not be negative, as {value} is")
+    if sampling.s_max is not None and sampling.s_max < sampling.s_min:
+        raise ValueError(
+            f"heun puts noise back between s_min and s_max: --sampling.s_max must be at least {sampling.s_min}, not "
+            f"{sampling.s_max}"
+        )
     if guidance.interval is not None and guidance.interval[0] > guidance.interval[1]:
         first, last = guidance.interval
         raise ValueError(f"--guidance.interval {first} {last} is empty: its first timestep must not lie above its last")
-    if guidance.skip_below < 0:
-        raise ValueError(f"--guidance.skip_below must not be negative, as {guidance.skip_below} is")
     if process.num_timesteps is None and (
         guidance.schedule == "power_cosine" or guidance.interval is not None or guidance.skip_below
     ):
@@ -269,14 +275,3 @@ def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: Gu
     if guidance.schedule not in ("auto", *process.guidance_schedules):
         choices = " or ".join(process.guidance_schedules)
         raise ValueError(f"the {name} process has no guidance schedule {guidance.schedule}: choose {choices}")
-
-
-def _check_churn(sampling: SamplingConfig) -> None:
-    for name in ("s_churn", "s_min", "s_noise"):
-        if getattr(sampling, name) < 0:
-            raise ValueError(f"--sampling.{name} must not be negative, as {getattr(sampling, name)} is")
-    if sampling.s_max is not None and sampling.s_max < sampling.s_min:
-        raise ValueError(
-            f"heun puts noise back between s_min and s_max: --sampling.s_max must be at least {sampling.s_min}, not "
-            f"{sampling.s_max}"
-        )

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit.diffusion.config import EDMConfig, SamplingConfig
-from diffit.diffusion.gaussian import Model, TrainingLosses
-from diffit.diffusion.losses import mean_flat
+from diffit.diffusion.gaussian import Model, TrainingLosses, mean_flat
 from diffit.diffusion.samplers import NoiseSource, Sampler, SamplerState
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit.diffusion.config import TIME_DISTRIBUTIONS, FlowConfig, SamplingConfig, choose
-from diffit.diffusion.gaussian import Model, TrainingLosses
-from diffit.diffusion.losses import mean_flat
+from diffit.diffusion.gaussian import Model, TrainingLosses, mean_flat
 from diffit.diffusion.samplers import NoiseSource, Sampler, SamplerState, integer_steps, model_at
 
 TIME_SCALE = 1000

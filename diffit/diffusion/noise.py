@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffit.device import to_device
+
 
 class RandomStream(IntEnum):
     """What random numbers are for: those of one purpose do not depend on those of another."""
@@ -59,7 +61,7 @@ class SampleNoise:
     def labels(self, num_classes: int) -> Tensor:
         """One uniformly drawn label per sample, int64 [B]."""
         drawn = [int(keyed_generator(self.seed, i, RandomStream.LABEL).integers(num_classes)) for i in self.indices]
-        return self._to_device(torch.tensor(drawn))
+        return to_device(torch.tensor(drawn), self.device)
 
     def start(self) -> Tensor:
         """The state at t = T, [B, c, h, w]."""
@@ -72,9 +74,4 @@ class SampleNoise:
         noise = np.empty((len(generators), *self.shape), np.float32)
         for generator, out in zip(generators, noise, strict=True):
             generator.standard_normal(out=out, dtype=np.float32)
-        return self._to_device(torch.from_numpy(noise))
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return to_device(noise, self.device)

@@ -21,11 +21,9 @@ class Process(Protocol):
 
     def draw_t(self, generator: np.random.Generator, count: int) -> NDArray[Any]:
         """What chooses the noise level of each of `count` images, as training_losses takes it: [count]."""
-        ...
 
     def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor) -> TrainingLosses:
         """Losses per sample. x_start: [B, c, h, w]; t: [B], see `draw_t`; noise: standard normal [B, c, h, w]."""
-        ...
 
 
 def create_process(config: ProcessConfig) -> Process:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,11 +56,9 @@ def model_at(model: Model, time: float) -> Model:
 
 def ddpm_sampler(process: DiffusionConfig, config: SamplingConfig) -> Sampler:
     """Ancestral sampling, the published sampler."""
-
-    def step_back(diffusion: GaussianDiffusion, step: ReverseStep, t: Tensor, noise: NoiseSource) -> Tensor:
-        return diffusion.ancestral_step(step, t, noise())
-
-    return _reverse_process(process, config, step_back)
+    return _reverse_process(
+        process, config, lambda diffusion, step, t, noise: diffusion.ancestral_step(step, t, noise())
+    )
 
 
 def ddim_sampler(process: DiffusionConfig, config: SamplingConfig) -> Sampler:
@@ -94,8 +93,8 @@ def dpm_solver_sampler(process: DiffusionConfig, config: SamplingConfig) -> Samp
     """DPM-Solver++ of second order (20-50 steps), through the scheduler of diffusers."""
     from diffusers import DPMSolverMultistepScheduler
 
-    settings = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": False}
-    return _ode_solver(process, config, lambda **common: DPMSolverMultistepScheduler(**common, **settings))
+    create = partial(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", use_karras_sigmas=False)
+    return _ode_solver(process, config, create)
 
 
 def unipc_sampler(process: DiffusionConfig, config: SamplingConfig) -> Sampler:
@@ -114,19 +113,11 @@ def _ode_solver(process: DiffusionConfig, config: SamplingConfig, create: Callab
     diffusion = create_diffusion(**asdict(process))
     num_steps = integer_steps(config, diffusion.num_timesteps)
 
-    def scheduler() -> Any:
-        """A new one, which has seen no sample; its timesteps stay on the host, where the loop needs them."""
-        fresh = create(
-            num_train_timesteps=diffusion.num_timesteps,
-            trained_betas=diffusion.betas,
-            solver_order=2,
-            prediction_type="epsilon",
-        )
-        fresh.set_timesteps(num_steps)
-        return fresh
-
     def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
-        solver, x = scheduler(), z
+        x, betas = z, diffusion.betas
+        # A new solver, which has seen no sample; its timesteps stay on the host, where the loop needs them.
+        solver = create(num_train_timesteps=len(betas), trained_betas=betas, solver_order=2, prediction_type="epsilon")
+        solver.set_timesteps(num_steps)
         for done, timestep in enumerate(solver.timesteps.tolist(), start=1):
             t = torch.full((z.shape[0],), timestep, device=z.device)  # [B]
             eps = model_at(model, timestep)(x, t).float()[:, : z.shape[1]]

@@ -54,25 +54,15 @@ def space_timesteps(num_timesteps: int, timestep_respacing: str | int) -> list[i
         return list(range(num_timesteps))
     try:
         if text.startswith("ddim"):
-            return _integer_stride(num_timesteps, int(text[len("ddim") :]))
+            count = int(text[len("ddim") :])
+            strided = (range(0, num_timesteps, stride) for stride in range(1, num_timesteps + 1))
+            return list(next(steps for steps in strided if len(steps) == count))
         counts = [int(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, StopIteration):
         raise ValueError(
             f"cannot take '{text}' of {num_timesteps} steps: write a number of steps such as 250, steps per section "
             'such as "10,15,20", or a fixed integer stride such as "ddim50"'
         ) from None
-    return _even_sections(num_timesteps, counts)
-
-
-def _integer_stride(num_timesteps: int, count: int) -> list[int]:
-    for stride in range(1, num_timesteps + 1):
-        steps = range(0, num_timesteps, stride)
-        if len(steps) == count:
-            return list(steps)
-    raise ValueError("no integer stride gives that count")
-
-
-def _even_sections(num_timesteps: int, counts: list[int]) -> list[int]:
     base, extra = divmod(num_timesteps, len(counts))
     kept: list[int] = []
     start = 0

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from diffit.evaluation.reader import ImageFile
 
 PUBLISHED_COUNT = 50_000
-_STATISTICS = {"mu", "sigma"}
 
 
 def check_pair(reference: ImageFile, samples: ImageFile) -> list[str]:
@@ -21,7 +20,7 @@ def check_pair(reference: ImageFile, samples: ImageFile) -> list[str]:
     Raises:
         ValueError: if the arguments are swapped, or there are too few images.
     """
-    if set(samples.keys) >= _STATISTICS and not set(reference.keys) >= _STATISTICS:
+    if set(samples.keys) >= {"mu", "sigma"} and not set(reference.keys) >= {"mu", "sigma"}:
         raise ValueError(
             f"the arguments are swapped: {samples.path} holds the statistics of a reference and {reference.path} does "
             "not; the order is REFERENCE SAMPLES"

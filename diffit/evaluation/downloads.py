@@ -43,7 +43,22 @@ def cached(name: str) -> Path:
     """
     path = cache_folder() / name
     if not path.is_file():
-        _download(URLS[name], path)
+        url, temporary = URLS[name], path.with_name(f"{name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as file:
+                size = int(answer.headers.get("Content-Length") or 0)
+                with tqdm.wrapattr(answer, "read", total=size or None, desc=name) as watched:
+                    shutil.copyfileobj(watched, file)
+            if size and temporary.stat().st_size != size:
+                raise urllib.error.URLError(f"connection closed after {temporary.stat().st_size} of {size} bytes")
+            os.replace(temporary, path)  # it appears under its name only when whole
+        except OSError as error:  # URLError is one
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "reason", error)
+            raise FileNotFoundError(
+                f"{name} is needed and cannot be fetched ({reason}): download {url} elsewhere and put it at {path}"
+            ) from error
     verify(path)
     return path
 
@@ -66,23 +81,3 @@ def verify(path: Path) -> None:
             f"{path} was altered or damaged: its SHA-256 starts with {digest[:8]}, expected {expected[:8]}; delete it "
             f"to have it fetched again (or {note.name} if the change was meant)"
         )
-
-
-def _download(url: str, path: Path) -> None:
-    """Fetch with a progress bar; the file appears under its name only when whole."""
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as file:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(answer, "read", total=size or None, desc=path.name) as watched:
-                shutil.copyfileobj(watched, file)
-        if size and temporary.stat().st_size != size:
-            raise urllib.error.URLError(f"connection closed after {temporary.stat().st_size} of {size} bytes")
-        os.replace(temporary, path)
-    except OSError as error:  # URLError is one
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "reason", error)
-        raise FileNotFoundError(
-            f"{path.name} is needed and cannot be fetched ({reason}): download {url} elsewhere and put it at {path}"
-        ) from error

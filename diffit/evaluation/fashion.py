@@ -23,9 +23,8 @@ from diffit.evaluation.features import Backend
 from diffit.evaluation.scores import Reference, Scores, score_images, share
 from diffit.sources import BUNDLED
 
-_FOLDER = Path(__file__).parents[1] / "bundled"
-CLASSIFIER = _FOLDER / "fashion_classifier.safetensors"
-REFERENCE = _FOLDER / "fashion_reference.npz"
+CLASSIFIER = Path(__file__).parents[1] / "bundled/fashion_classifier.safetensors"
+REFERENCE = CLASSIFIER.with_name("fashion_reference.npz")
 FEATURES = f"{__name__}:{CLASSIFIER}"  # as --features names it
 
 
@@ -52,13 +51,9 @@ class FashionClassifier(nn.Module):
         )
         self.head = nn.Linear(128, 10)
 
-    def features(self, x: Tensor) -> Tensor:
-        """x: [B, 1, 32, 32] in [-1, 1]. Returns [B, 128]."""
-        return self.body(x)
-
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, 1, 32, 32] in [-1, 1]. Returns logits [B, 10]."""
-        return self.head(self.features(x))
+        return self.head(self.body(x))
 
 
 def load_classifier(path: Path = CLASSIFIER, device: str | torch.device = "cpu") -> FashionClassifier:
@@ -80,7 +75,7 @@ def load_features(path: Path | None, device: torch.device) -> Callable[[Tensor],
         if images.shape[1:3] != (32, 32):
             height, width = images.shape[1:3]
             raise ValueError(f"the classifier of Fashion-MNIST sees 32x32 images, got {height}x{width}")
-        features = classifier.features(images.float().mean(dim=3)[:, None] / 127.5 - 1)  # [B, 128]
+        features = classifier.body(images.float().mean(dim=3)[:, None] / 127.5 - 1)  # [B, 128]
         return features, classifier.head(features).softmax(dim=1)
 
     return extract

@@ -79,7 +79,17 @@ def create_backend(
         return _classifier(features, device)
     if kind not in _INCEPTION:
         raise ValueError(f"unknown backend '{kind}': choose {' or '.join(_INCEPTION)}")
-    path = _inception_weights(kind, weights)
+    folders = [cache_folder(), Path(torch.hub.get_dir()) / "checkpoints"]  # the second one is torch-fidelity's
+    converted = [folder / INCEPTION_STATE for folder in folders if (folder / INCEPTION_STATE).is_file()]
+    if weights is None and (kind == "tensorflow" or (cache_folder() / INCEPTION_GRAPH).is_file() or not converted):
+        path = cached(INCEPTION_GRAPH)
+    else:
+        path = Path(weights or converted[0])
+        if not path.is_file():
+            raise FileNotFoundError(f"the Inception weights {path} do not exist: name a {INCEPTION_GRAPH}")
+        if kind == "tensorflow" and path.suffix != ".pb":
+            raise ValueError(f"the tensorflow backend reads a frozen graph (.pb), not {path.name}: use --backend torch")
+        verify(path)
     try:
         extract = _INCEPTION[kind](path, device)
     except ModuleNotFoundError as error:
@@ -112,20 +122,3 @@ def _classifier(spec: str, device: torch.device) -> Backend:
         raise ValueError(f"--features {spec}: {module_name} has no function load_features(path, device)")
     name = re.split(r"[./\\]", module_name.removesuffix(".py"))[-1]
     return Backend(f"{name}-{sha256(Path(path))[:12]}", device, members["load_features"](Path(path), device))
-
-
-def _inception_weights(kind: str, weights: str | Path | None) -> Path:
-    """The weights file: the one named, one of the cache, one that torch-fidelity has fetched, or the graph, fetched."""
-    if weights is None:
-        folders = [cache_folder(), Path(torch.hub.get_dir()) / "checkpoints"]
-        converted = [folder / INCEPTION_STATE for folder in folders if (folder / INCEPTION_STATE).is_file()]
-        if kind == "tensorflow" or (cache_folder() / INCEPTION_GRAPH).is_file() or not converted:
-            return cached(INCEPTION_GRAPH)
-        weights = converted[0]
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"the Inception weights {path} do not exist: name a {INCEPTION_GRAPH}")
-    if kind == "tensorflow" and path.suffix != ".pb":
-        raise ValueError(f"the tensorflow backend reads a frozen graph (.pb), not {path.name}: use --backend torch")
-    verify(path)
-    return path

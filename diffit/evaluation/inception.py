@@ -10,11 +10,9 @@ time, so that caches hold their activations; features change by rounding alone.
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ _SPATIAL_CHANNELS = 7
 _IMAGES_PER_THREAD = 4  # at a time, on a CPU
 
 
-def load_features(path: Path, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def load_features(path: Path, device: torch.device) -> Callable[[Tensor], list[Tensor]]:
     """The network with weights from a frozen graph (.pb), or from torch-fidelity's converted file (.pth).
 
     Returns a function of uint8 images [B, H, W, 3] that gives features [B, 2048], probabilities [B, 1008] and spatial
@@ -52,16 +50,21 @@ def load_features(path: Path, device: torch.device) -> Callable[[Tensor], tuple[
     network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
 
     def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with _full_float32():
+        # No TF32 in here, whatever the training around it has chosen: it would move FID in the third digit.
+        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+        chosen = matmul.allow_tf32, convolution.allow_tf32
+        matmul.allow_tf32 = convolution.allow_tf32 = False
+        try:
             pool, logits = network(images.permute(0, 3, 1, 2))  # a view: channels-last already
+        finally:
+            matmul.allow_tf32, convolution.allow_tf32 = chosen
         spatial = kept.pop()[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # [B, 17*17*7]
         return pool, logits.softmax(dim=1), spatial
 
-    def extract(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def extract(images: Tensor) -> list[Tensor]:
         at_once = _IMAGES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else len(images)
         pieces = [run(piece) for piece in images.split(at_once)]
-        pool, probabilities, spatial = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return pool, probabilities, spatial
+        return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
     return extract
 
@@ -72,17 +75,6 @@ def fold_batch_norms(network: nn.Module) -> None:
         conv, norm = getattr(block, "conv", None), getattr(block, "bn", None)
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             block.conv, block.bn = fuse_conv_bn_eval(conv, norm), nn.Identity()
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 in here, whatever the training around it has chosen: it would move FID in the third digit."""
-    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
 def _chain(branch: str, tower: str, count: int) -> dict[str, str]:
@@ -119,18 +111,14 @@ def load_state(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file is neither, or lacks a weight.
     """
-    if path.suffix == ".pb":
-        return _state_from_graph(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpicklers fail in many ways
-        raise ValueError(f"{path} cannot be read as PyTorch weights ({error}); name a .pb or .pth file") from error
-
-
-def _state_from_graph(path: Path) -> dict[str, Tensor]:
-    """The schema of the graph's format ships with tensorboard."""
+    if path.suffix != ".pb":
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpicklers fail in many ways
+            raise ValueError(f"{path} cannot be read as PyTorch weights ({error}); name a .pb or .pth file") from error
     from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.compat.proto.graph_pb2 import GraphDef  # the schema of the graph's format
+    from tensorboard.util.tensor_util import make_ndarray
 
     graph = GraphDef()
     try:
@@ -144,7 +132,7 @@ def _state_from_graph(path: Path) -> dict[str, Tensor]:
     def constant(name: str) -> NDArray[np.float32]:
         if name not in nodes:
             raise ValueError(f"{path} is not the Inception graph of 2015: it has no node '{name}'")
-        return _array(nodes[name].attr["value"].tensor)
+        return make_ndarray(nodes[name].attr["value"].tensor)
 
     state = {"fc.weight": constant("softmax/weights").T, "fc.bias": constant("softmax/biases")}
     for block, scope in block_names().items():
@@ -158,12 +146,3 @@ def _state_from_graph(path: Path) -> dict[str, Tensor]:
         state[f"{block}.bn.running_var"] = constant(f"{scope}/batchnorm/moving_variance")
         state[f"{block}.bn.num_batches_tracked"] = np.array(0)
     return {name: torch.tensor(value) for name, value in state.items()}
-
-
-def _array(tensor: Any) -> NDArray[np.float32]:
-    """A constant's values; TensorFlow stores them as bytes, as a list, or as one value that fills the shape."""
-    shape = [dim.size for dim in tensor.tensor_shape.dim]
-    if tensor.tensor_content:
-        return np.frombuffer(tensor.tensor_content, "<f4").reshape(shape)
-    values = np.array(tensor.float_val, np.float32)
-    return np.broadcast_to(values, shape) if values.size == 1 else values.reshape(shape)

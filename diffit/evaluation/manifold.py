@@ -7,7 +7,6 @@ Letters: N, M points, D features, B points of a block, k neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -29,15 +28,33 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def manifold_radii(features: Any, k: int = 3, fp16: bool = False, progress: bool = False) -> NDArray[np.float32]:
+def manifold_radii(
+    features: Any, k: int = 3, fp16: bool = False, progress: bool = False, title: str = "radii"
+) -> NDArray[np.float32]:
     """Squared distance of every point to its k-th nearest neighbour, itself not counted.
 
-    features: array or tensor [N, D], on the device that shall do the work. Returns [N]. fp16: see `precision_recall`.
+    features: array or tensor [N, D], on the device that shall do the work. Returns [N]. fp16: see `precision_recall`;
+    title: of the progress bar.
 
     Raises:
         ValueError: if k is not below N.
     """
-    return _radii(torch.as_tensor(features).float(), k, fp16, progress).cpu().numpy()
+    points = torch.as_tensor(features).float()
+    if k >= len(points):
+        raise ValueError(f"{k} nearest neighbours need more than {k} points, got {len(points)}")
+    if not fp16:
+        points = points - points.mean(dim=0)
+    nearest = points.new_full((len(points), k + 1), float("inf"))  # itself at distance zero, and k others
+    blocks = _blocks(len(points), fp16)
+    # A block of distances serves its rows and its columns; but in half precision d(a, b) and d(b, a) may round
+    # differently, and both are computed.
+    pairs = [(i, j) for number, i in enumerate(blocks) for j in (blocks if fp16 else blocks[number:])]
+    for i, j in tqdm(pairs, title, disable=not progress, leave=False):
+        distances = _distances(points[i], points[j], fp16)  # [Bi, Bj]
+        nearest[i] = _merge(nearest[i], distances)
+        if i != j and not fp16:
+            nearest[j] = _merge(nearest[j], distances.T)
+    return nearest[:, k].cpu().numpy()
 
 
 def precision_recall(
@@ -58,11 +75,10 @@ def precision_recall(
     if not fp16:  # moving both sets together changes no distance, and keeps the digits of |a|² - 2ab + |b|²
         centre = a.mean(dim=0)
         a, b = a - centre, b - centre
-    radii_b = _radii(b, k, fp16, progress, "sample radii")
+    sample_radii = manifold_radii(b, k, fp16, progress, "sample radii")
     if reference_radii is None:
-        radii_a = _radii(a, k, fp16, progress, "reference radii")
-    else:
-        radii_a = torch.as_tensor(reference_radii).to(a.device)
+        reference_radii = manifold_radii(a, k, fp16, progress, "reference radii")
+    radii_a, radii_b = (torch.as_tensor(radii).to(a.device) for radii in (reference_radii, sample_radii))
     a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
     pairs = [(i, j) for i in _blocks(len(a), fp16) for j in _blocks(len(b), fp16)]
@@ -73,26 +89,9 @@ def precision_recall(
     return PrecisionRecall(b_inside.double().mean().item(), a_inside.double().mean().item())
 
 
-def _blocks(count: int, fp16: bool) -> Iterator[slice]:
+def _blocks(count: int, fp16: bool) -> list[slice]:
     size = _ADM_BLOCK if fp16 else _BLOCK
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _radii(points: Tensor, k: int, fp16: bool, progress: bool, title: str = "radii") -> Tensor:
-    """Squared distances [N] to the k-th neighbour; each block of distances serves its rows and its columns."""
-    if k >= len(points):
-        raise ValueError(f"{k} nearest neighbours need more than {k} points, got {len(points)}")
-    if not fp16:
-        points = points - points.mean(dim=0)
-    nearest = points.new_full((len(points), k + 1), float("inf"))  # itself at distance zero, and k others
-    blocks = list(_blocks(len(points), fp16))
-    pairs = [(i, j) for number, i in enumerate(blocks) for j in (blocks if fp16 else blocks[number:])]
-    for i, j in tqdm(pairs, title, disable=not progress, leave=False):
-        distances = _distances(points[i], points[j], fp16)  # [Bi, Bj]
-        nearest[i] = _merge(nearest[i], distances)
-        if i != j and not fp16:  # in half precision d(a, b) and d(b, a) may round differently: both are computed
-            nearest[j] = _merge(nearest[j], distances.T)
-    return nearest[:, k]
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _merge(nearest: Tensor, distances: Tensor) -> Tensor:
@@ -102,17 +101,13 @@ def _merge(nearest: Tensor, distances: Tensor) -> Tensor:
 
 
 def _distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
-    """Squared distances [N, M], float32, of points [N, D] and [M, D]."""
-    if fp16:
-        half = _combine(a.half(), b.half(), _half_norms(a.half()), _half_norms(b.half()))
-        if bool(torch.isfinite(half).all()):
-            return half.float()
-    return _combine(a, b, a.square().sum(dim=1), b.square().sum(dim=1))
-
-
-def _combine(a: Tensor, b: Tensor, norms_a: Tensor, norms_b: Tensor) -> Tensor:
-    """|a|² - 2ab + |b|² [N, M], not below zero, in the arithmetic of its arguments."""
-    return (a @ b.T).mul_(-2).add_(norms_a[:, None]).add_(norms_b).clamp_(min=0)
+    """Squared distances |a|² - 2ab + |b|² of points [N, D] and [M, D], not below zero: float32 [N, M]."""
+    x, y = (a.half(), b.half()) if fp16 else (a, b)
+    norms_x, norms_y = (_half_norms(points) if fp16 else points.square().sum(dim=1) for points in (x, y))
+    found = (x @ y.T).mul_(-2).add_(norms_x[:, None]).add_(norms_y).clamp_(min=0)
+    if fp16 and not bool(torch.isfinite(found).all()):
+        return _distances(a, b, fp16=False)
+    return found.float()
 
 
 def _half_norms(points: Tensor) -> Tensor:

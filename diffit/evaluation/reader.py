@@ -18,14 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, SyntaxError)
 
 
 class ImageFile:
     """One .npz with images: its header is read at once, its images when they are asked for.
-
-    Args:
-        path: the file.
 
     Attributes:
         count, image_shape: N and (H, W, C).
@@ -49,7 +45,7 @@ class ImageFile:
             raise ValueError(
                 f"{self.path} holds no array 'arr_0' (it holds {found}): save images [N, H, W, C] as arr_0"
             )
-        with self._open("arr_0") as (_, shape, dtype):
+        with self._open() as (_, shape, dtype):
             if len(shape) != 4 or shape[-1] not in (1, 3):
                 raise ValueError(
                     f"{self.path}: arr_0 has shape {[*shape]}, but images [N, H, W, C] with 1 or 3 channels are needed"
@@ -71,7 +67,7 @@ class ImageFile:
         """
         stop = self.count if stop is None else stop
         image_bytes = int(np.prod(self.image_shape))
-        with self._open("arr_0") as (stream, _, _):
+        with self._open() as (stream, _, _):
             stream.seek(start * image_bytes, 1)
             for first in range(start, stop, size):
                 count = min(size, stop - first)
@@ -91,26 +87,26 @@ class ImageFile:
             raise ValueError(f"{self.path}: cannot read array '{name}' ({error})") from error
 
     @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-        """An array's data as a stream, with its shape and type."""
-        with self._damage_named(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
+    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+        """The images' data as a stream, with its shape and type."""
+        with self._damage_named(), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
             version = np.lib.format.read_magic(stream)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = header(stream)
             if fortran_order and len(shape) > 1:
-                raise ValueError(f"{self.path}: '{name}' is stored in Fortran order; save np.ascontiguousarray of it")
+                raise ValueError(f"{self.path}: 'arr_0' is stored in Fortran order; save np.ascontiguousarray of it")
             yield stream, shape, dtype
 
     @contextlib.contextmanager
     def _damage_named(self) -> Iterator[None]:
         try:
             yield
-        except _DAMAGED as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, SyntaxError) as error:
             raise ValueError(f"{self.path} is not a whole .npz file ({error}): make or download it again") from error
 
     def _range(self) -> str:
         """The values of the first images of another type, in words."""
-        with self._open("arr_0") as (stream, shape, dtype):
+        with self._open() as (stream, shape, dtype):
             count = min(16, shape[0])
             if dtype.hasobject or not count:
                 return ""

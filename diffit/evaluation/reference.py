@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,22 @@ def _pictures(name: str, root: str) -> tuple[int, Iterator[Image.Image]]:
     """How many pictures a data set has, and the pictures, which are opened when it is their turn."""
     path = Path(name)
     if name.startswith("torchvision:"):
-        items = _torchvision(name.partition(":")[2], root)
+        from torchvision import datasets
+
+        set_name = name.partition(":")[2]
+        kind = getattr(datasets, set_name, None)
+        if kind is None:
+            raise ValueError(
+                f"torchvision has no data set '{set_name}'; its names are CIFAR10, CIFAR100, FashionMNIST, STL10, ..."
+            )
+        try:
+            items = kind(root, download=True)
+        except TypeError:  # some have no download
+            items = kind(root)
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(
+                f"torchvision's {set_name} is not under {root} and cannot be downloaded ({error}): put its files there"
+            ) from error
         return len(items), (items[number][0] for number in range(len(items)))
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
@@ -84,25 +99,6 @@ def _pictures(name: str, root: str) -> tuple[int, Iterator[Image.Image]]:
         raise ValueError(f"{name} is not a whole .zip file: make or download it again") from error
     members = sorted(member for member in archive.namelist() if Path(member).suffix.lower() in SUFFIXES)
     return len(members), (Image.open(archive.open(member)) for member in members)
-
-
-def _torchvision(name: str, root: str) -> Sequence[Any]:
-    """A torchvision data set's training part, from disk or downloaded."""
-    from torchvision import datasets
-
-    kind = getattr(datasets, name, None)
-    if kind is None:
-        raise ValueError(
-            f"torchvision has no data set '{name}'; its names are CIFAR10, CIFAR100, FashionMNIST, STL10, ..."
-        )
-    try:
-        return kind(root, download=True)
-    except TypeError:  # some have no download
-        return kind(root)
-    except (RuntimeError, OSError) as error:
-        raise FileNotFoundError(
-            f"torchvision's {name} is not under {root} and cannot be downloaded ({error}): put its files there"
-        ) from error
 
 
 def make_reference(

@@ -23,6 +23,7 @@ from diffit.evaluation.reader import ImageFile, Images
 from diffit.evaluation.statistics import Floats, Moments, accuracy, frechet_distance, inception_score
 
 Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
+_STORED = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # score -> its moments in a reference file
 
 
 @dataclass(frozen=True)
@@ -96,23 +97,17 @@ def collect(
             bar.update(len(batch))
     if not pool:
         raise ValueError("there are no images to take features of")
-    return _gather(Collected(np.concatenate(pool), np.concatenate(probabilities), moments, spatial))
-
-
-def _gather(mine: Collected) -> Collected:
-    """All ranks' parts as one, on rank 0; elsewhere the rank's own."""
-    world = _world()
+    mine, world = Collected(np.concatenate(pool), np.concatenate(probabilities), moments, spatial), _world()
     if world.size == 1:
         return mine
     parts = [mine] * world.size if world.is_main else None
     dist.gather_object(mine, parts, dst=0)
-    if parts is None:
-        return mine
-    for part in parts[1:]:
-        mine.moments.merge(part.moments)
-        mine.spatial.merge(part.spatial)
-    mine.pool = np.concatenate([part.pool for part in parts])
-    mine.probabilities = np.concatenate([part.probabilities for part in parts])
+    for part in (parts or [])[1:]:
+        moments.merge(part.moments)
+        spatial.merge(part.spatial)
+    if parts:
+        mine.pool = np.concatenate([part.pool for part in parts])
+        mine.probabilities = np.concatenate([part.probabilities for part in parts])
     return mine
 
 
@@ -134,44 +129,37 @@ def score_images(
         ValueError: if there are no images, or reference and samples do not fit.
     """
     found = collect(batches, backend, total, "sample features")
-    return on_main(_world(), lambda: _compare(found, reference, backend.device, manifold, total is not None, labels))
+    names, progress = ("reference", "samples"), total is not None
 
-
-def _compare(
-    found: Collected,
-    reference: Reference,
-    device: torch.device,
-    manifold: bool,
-    progress: bool,
-    labels: ArrayLike | None,
-) -> Scores:
-    """What rank 0 makes of all ranks' features."""
-    names = ("reference", "samples")
-    mean, covariance = found.moments.mean, found.moments.covariance()
-    sfid: float | None = None
-    if found.spatial.count and reference.spatial is not None:
-        sfid = frechet_distance(*reference.spatial, found.spatial.mean, found.spatial.covariance(), names)
-    shares: Sequence[float | None] = (None,) * 4
-    if manifold:
-        if reference.pool is None or reference.radii is None:
-            raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
-        real, pool = (torch.from_numpy(features).to(device) for features in (reference.pool, found.pool))
-        adm, exact = (
-            precision_recall(real, pool, fp16=fp16, progress=progress, reference_radii=radii)
-            for fp16, radii in zip((True, False), reference.radii, strict=True)
+    def compare() -> Scores:
+        """What rank 0 makes of all ranks' features."""
+        mean, covariance = found.moments.mean, found.moments.covariance()
+        sfid: float | None = None
+        if found.spatial.count and reference.spatial is not None:
+            sfid = frechet_distance(*reference.spatial, found.spatial.mean, found.spatial.covariance(), names)
+        shares: Sequence[float | None] = (None,) * 4
+        if manifold:
+            if reference.pool is None or reference.radii is None:
+                raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
+            real, pool = (torch.from_numpy(features).to(backend.device) for features in (reference.pool, found.pool))
+            adm, exact = (
+                precision_recall(real, pool, fp16=fp16, progress=progress, reference_radii=radii)
+                for fp16, radii in zip((True, False), reference.radii, strict=True)
+            )
+            shares = (*adm, *exact)
+        return Scores(
+            count=found.moments.count,
+            inception_score=inception_score(found.probabilities),
+            fid=frechet_distance(reference.mean, reference.covariance, mean, covariance, names),
+            sfid=sfid,
+            precision=shares[0],
+            recall=shares[1],
+            precision_exact=shares[2],
+            recall_exact=shares[3],
+            accuracy=None if labels is None else accuracy(found.probabilities, labels),
         )
-        shares = (*adm, *exact)
-    return Scores(
-        count=found.moments.count,
-        inception_score=inception_score(found.probabilities),
-        fid=frechet_distance(reference.mean, reference.covariance, mean, covariance, names),
-        sfid=sfid,
-        precision=shares[0],
-        recall=shares[1],
-        precision_exact=shares[2],
-        recall_exact=shares[3],
-        accuracy=None if labels is None else accuracy(found.probabilities, labels),
-    )
+
+    return on_main(_world(), compare)
 
 
 def load_reference(
@@ -185,31 +173,33 @@ def load_reference(
         FileNotFoundError, ValueError: see `ImageFile`.
     """
     file = ImageFile(path)
-    stored, spatial = _stored(file, "mu", "sigma", backend), _stored(file, "mu_s", "sigma_s", backend)
+    features, stored = file.array("features"), dict[str, Gaussian]()
+    if (INCEPTION if features is None else str(features)) == backend.name:  # ADM's files do not say whose they are
+        for score, names in _STORED.items():
+            mean, covariance = (file.array(name) for name in names)
+            if mean is not None and covariance is not None:
+                stored[score] = mean.astype(np.float64), covariance.astype(np.float64)
     found: Collected | None = None
-    if manifold or stored is None or (spatial is None and backend.name == INCEPTION):
+    if manifold or "FID" not in stored or ("sFID" not in stored and backend.name == INCEPTION):
         start, stop = share(file.count)
         batches = file.batches(batch_size, start, stop)
         found = collect(batches, backend, stop - start if progress else None, "reference features")
 
     def reference() -> Reference:
-        images = f"the {file.count} images of {file.path.name}"
-        origin = []
-
-        def chosen(score: str, names: str, kept: Gaussian | None, own: Moments) -> Gaussian:
-            whole = f"stored in {file.path.name} ({names}), of its whole data set"
-            origin.append(f"{score}: statistics {whole if kept else f'of {images}'}")
-            return kept or (own.mean, own.covariance())
-
-        own, own_spatial = (found.moments, found.spatial) if found else (Moments(), Moments())
-        moments, has_spatial = chosen("FID", "mu, sigma", stored, own), spatial or own_spatial.count
-        spatial_moments = chosen("sFID", "mu_s, sigma_s", spatial, own_spatial) if has_spatial else None
-        if not (manifold and found):
-            return Reference(*moments, spatial_moments, None, None, tuple(origin))
-        origin.append(f"Precision, Recall: {images}")
-        return Reference(
-            *moments, spatial_moments, found.pool, both_radii(found.pool, backend.device, progress), tuple(origin)
-        )
+        images, origin, moments = f"the {file.count} images of {file.path.name}", [], dict(stored)
+        computed = {"FID": found.moments, "sFID": found.spatial} if found else {}
+        for score, names in _STORED.items():
+            if score in stored:
+                kept = f"stored in {file.path.name} ({', '.join(names)}), of its whole data set"
+                origin.append(f"{score}: statistics {kept}")
+            elif score in computed and computed[score].count:
+                moments[score] = computed[score].mean, computed[score].covariance()
+                origin.append(f"{score}: statistics of {images}")
+        pool = radii = None
+        if manifold and found:
+            pool, radii = found.pool, both_radii(found.pool, backend.device, progress)
+            origin.append(f"Precision, Recall: {images}")
+        return Reference(*moments["FID"], moments.get("sFID"), pool, radii, tuple(origin))
 
     return on_main(_world(), reference)
 
@@ -218,14 +208,3 @@ def both_radii(pool: NDArray[np.float32], device: torch.device, progress: bool =
     """Radii [2, M] of features [M, D]: in ADM's half precision, and exact."""
     points = torch.from_numpy(pool).to(device)
     return np.stack([manifold_radii(points, fp16=fp16, progress=progress) for fp16 in (True, False)])
-
-
-def _stored(file: ImageFile, mean_name: str, covariance_name: str, backend: Backend) -> Gaussian | None:
-    """Moments stored in a file, if they are of this backend's features. ADM's files do not say whose they are."""
-    features = file.array("features")
-    if (INCEPTION if features is None else str(features)) != backend.name:
-        return None
-    mean, covariance = file.array(mean_name), file.array(covariance_name)
-    if mean is None or covariance is None:
-        return None
-    return mean.astype(np.float64), covariance.astype(np.float64)

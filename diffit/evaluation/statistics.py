@@ -85,25 +85,11 @@ def _square_root(sigma: Floats, name: str) -> Floats:
             f"the covariance of the {name} has rank {rank} of {len(sigma)}: with fewer samples than features (or with "
             "features that never change) the Fréchet distance is biased upwards and compares only at equal counts",
             SingularCovarianceWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
     root = np.empty((len(sigma), rank))
     root[pivots - 1] = np.tril(factor)[:, :rank]
     return root
-
-
-def trace_sqrt_product(sigma1: Floats, sigma2: Floats, names: tuple[str, str] = ("first", "second")) -> float:
-    """Tr((S1 S2)^(1/2)) of two covariances [D, D], from the eigenvalues of a symmetric product.
-
-    With S = L Lᵀ the product S1 S2 shares its non-zero eigenvalues with M Mᵀ, M = L1ᵀ L2. The factors have as many
-    columns as their covariance has rank, and of M Mᵀ and MᵀM the smaller one is taken; so there are no eigenvalues
-    that are zero but for rounding, whose square roots would be far from zero.
-    """
-    product = _square_root(sigma1, names[0]).T @ _square_root(sigma2, names[1])
-    if product.shape[0] > product.shape[1]:
-        product = product.T
-    eigenvalues = scipy.linalg.eigvalsh(product @ product.T)
-    return float(np.sqrt(eigenvalues.clip(min=0)).sum())
 
 
 def frechet_distance(
@@ -129,8 +115,15 @@ def frechet_distance(
         )
     if not all(np.isfinite(x).all() for x in (m1, s1, m2, s2)):
         raise ValueError("moments hold NaN or infinite values: the features or the reference file are damaged")
+    # With S = L Lᵀ the product S1 S2 shares its non-zero eigenvalues with M Mᵀ, M = L1ᵀ L2. The factors have as many
+    # columns as their covariance has rank, and of M Mᵀ and MᵀM the smaller one is taken; so there are no eigenvalues
+    # that are zero but for rounding, whose square roots would be far from zero.
+    product = _square_root(s1, names[0]).T @ _square_root(s2, names[1])
+    if product.shape[0] > product.shape[1]:
+        product = product.T
+    trace_of_root = float(np.sqrt(scipy.linalg.eigvalsh(product @ product.T).clip(min=0)).sum())
     shift = m1 - m2
-    return float(shift @ shift + np.trace(s1) + np.trace(s2) - 2 * trace_sqrt_product(s1, s2, names))
+    return float(shift @ shift + np.trace(s1) + np.trace(s2) - 2 * trace_of_root)
 
 
 def inception_score(probabilities: Any, split_size: int = 5000) -> float:

@@ -84,9 +84,7 @@ def model_config(name: str, **overrides: Any) -> NetworkConfig:
     for key in overrides:
         if key not in known:
             raise ValueError(f"unknown network setting '{key}' for {name}: it has {', '.join(known)}")
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()
-    }
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
     return replace(ZOO[name], **values)
 
 

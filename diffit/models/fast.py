@@ -23,13 +23,11 @@ from torch.utils._triton import has_triton
 
 from diffit.config import Precision
 from diffit.device import product_dtype
-from diffit.models.image import DiffiTResBlock, ImageDiffiT, Stage
+from diffit.models.image import DiffiTResBlock, ImageDiffiT
 from diffit.models.latent import DiffiT
 from diffit.nn.attention import TMSA, Attention, fused_attention, matmul_attention, relative_position_bias
 from diffit.nn.block import DiffiTBlock
 
-# Up to so many tokens a CPU is faster, in 16 bits, with the products themselves than with its fused attention.
-_FEW_TOKENS = 64
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm processors that multiply bf16
 
 
@@ -37,23 +35,21 @@ def fast_precision(device: torch.device) -> Precision:
     """The 16 bits that the device computes with at full speed, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and _processor_flags() & _BF16_FLAGS:
+    if device.type == "cpu" and _BF16_FLAGS & set(cpu_info("flags", "Features").split()):
         return "bf16"
     return "fp32"
 
 
-def _processor_flags() -> set[str]:
-    """What Linux says of the first processor; nothing elsewhere."""
+def cpu_info(*fields: str) -> str:
+    """What Linux says of the first processor under one of these names; nothing elsewhere."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), set())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(fields)), "")
 
 
 def compiles(device: torch.device) -> bool:
     """Whether compilation can be had and pays for itself: on CUDA; on a CPU it takes longer than most runs."""
-    if device.type != "cuda":
-        return False
-    return has_triton()  # not on Windows or old GPUs
+    return device.type == "cuda" and has_triton()  # which is not there on Windows, nor for old GPUs
 
 
 def fast_network(model: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
@@ -97,21 +93,15 @@ def prepare_for_sampling(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def _refuse_unknown_kinds(model: nn.Module) -> None:
+def _refuse_unknown_kinds(model: Any) -> None:
     """A subclass may compute something else: it is never replaced by what its parent computes."""
-    blocks = [module for module in model.modules() if isinstance(module, DiffiTBlock)]
-    attentions = [block.attn for block in blocks]
-    if type(model) not in (DiffiT, ImageDiffiT):
-        unknown: nn.Module | None = model
-    elif isinstance(model, DiffiT):
-        unknown = next((block for block in model.blocks if type(block) is not DiffiTBlock), None)
-    else:
-        res_blocks = [block for stage in model.modules() if isinstance(stage, Stage) for block in stage]
-        inner = [block.block if type(block) is DiffiTResBlock else block for block in res_blocks]
-        unknown = next((block for block in inner if type(block) is not DiffiTBlock), None)
-    unknown = unknown or next((attn for attn in attentions if type(attn) is not TMSA), None)
-    if unknown is not None:
-        raise ValueError(f"--fast does not know how to compute a {type(unknown).__name__}: leave --fast out")
+    unknown = [] if type(model) in (DiffiT, ImageDiffiT) else [model]
+    if not unknown:
+        blocks = [part.block if type(part) is DiffiTResBlock else part for part in model.blocks_in_order()]
+        unknown += [block for block in blocks if type(block) is not DiffiTBlock]
+        unknown += [block.attn for block in blocks if type(block) is DiffiTBlock and type(block.attn) is not TMSA]
+    if unknown:
+        raise ValueError(f"--fast does not know how to compute a {type(unknown[0]).__name__}: leave --fast out")
 
 
 def _replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
@@ -121,12 +111,6 @@ def _replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.
             setattr(module, name, make(child))
         else:
             _replace(child, kind, make)
-
-
-def choose_attention(device: torch.device, num_tokens: int, dtype: torch.dtype) -> Attention:
-    """The fastest measured for windows of N tokens; see docs/benchmarks.md."""
-    few = device.type == "cpu" and num_tokens <= _FEW_TOKENS and dtype != torch.float32
-    return matmul_attention if few else fused_attention
 
 
 def without_keys(rows: Tensor) -> Tensor:
@@ -144,9 +128,8 @@ def _onednn_takes(weight: Tensor) -> bool:
     """Whether the CPU library that fuses layers is there, and works in this precision on this processor."""
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
-    name = supported.get(str(weight.dtype).removeprefix("torch."))
-    return name is None or getattr(torch.ops.mkldnn, name)()
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return weight.dtype not in asked or getattr(torch.ops.mkldnn, asked[weight.dtype])()
 
 
 class FastLinear(nn.Module):
@@ -195,16 +178,17 @@ class FastTMSA(nn.Module):
     Args:
         attn: the TMSA, whose weights it takes.
         dtype: of everything within but the projection of the conditioning token; inputs may have any.
-        attention: the function of Eq. 6; by default the fastest measured on this device.
+        attention: the function of Eq. 6; by default the fastest measured on this device (docs/benchmarks.md).
     """
 
     bias: Tensor
 
     def __init__(self, attn: TMSA, dtype: torch.dtype, attention: Attention | None = None) -> None:
         super().__init__()
-        device = attn.qkv.weight.device
         self.num_heads, self.dtype = attn.num_heads, dtype
-        self.attention = attention or choose_attention(device, attn.window_size**2, dtype)
+        # In 16 bits a CPU is faster, up to 64 tokens, with the products themselves than with its fused attention.
+        few = attn.qkv.weight.device.type == "cpu" and attn.window_size <= 8 and dtype != torch.float32
+        self.attention = attention or (matmul_attention if few else fused_attention)
         self.qkv, self.qkv_temb, self.proj = FastLinear(attn.qkv, dtype), attn.qkv_temb, FastLinear(attn.proj, dtype)
         self.qkv.bias = nn.Parameter(without_keys(self.qkv.bias), requires_grad=False)
         for parameter in self.qkv_temb.parameters():

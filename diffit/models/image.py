@@ -35,11 +35,6 @@ def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out_channels, kernel_size=3, stride=stride, padding=1)
 
 
-def upsample(channels: int, out_channels: int) -> nn.Sequential:
-    """Twice the side: repetition, then a convolution (a transposed one would leave a checkerboard)."""
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv3x3(channels, out_channels))
-
-
 class DiffiTResBlock(nn.Module):
     """A convolution, then a DiffiT block within windows, and a residual around both (Eq. 9-10)."""
 
@@ -60,8 +55,7 @@ class DiffiTResBlock(nn.Module):
         self.act = nn.SiLU()
         self.conv = conv3x3(channels, out_channels)
         num_heads = out_channels // head_dim
-        block = block_class(conditioning)
-        self.block = block(out_channels, num_heads, window_size, mlp_ratio, cond_dim, dropout)
+        self.block = block_class(conditioning)(out_channels, num_heads, window_size, mlp_ratio, cond_dim, dropout)
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -161,7 +155,11 @@ class ImageDiffiT(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size, channels, blocks, window_size, head_dim)
-        check_stages(encoder, decoder, conditioning)
+        for name, kind in (("encoder", encoder), ("decoder", decoder)):
+            if kind not in ("diffit", "plain"):
+                raise ValueError(f"unknown {name} '{kind}': choose diffit or plain")
+        if encoder == decoder == "plain" and conditioning != "tmsa":
+            raise ValueError(f"plain stages have no conditioning '{conditioning}' in their blocks: leave it out")
         self.input_size = input_size
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -181,7 +179,9 @@ class ImageDiffiT(nn.Module):
         self.tokenizer = conv3x3(in_channels, channels[0])
         self.encoder = nn.ModuleList(stage(encoder, C, C, count) for C, count in stages)
         self.downs = nn.ModuleList(conv3x3(fine, coarse, stride=2) for fine, coarse in steps)
-        self.ups = nn.ModuleList(upsample(coarse, fine) for fine, coarse in reversed(steps))
+        self.ups = nn.ModuleList(  # a transposed convolution would leave a checkerboard
+            nn.Sequential(nn.Upsample(scale_factor=2), conv3x3(coarse, fine)) for fine, coarse in reversed(steps)
+        )
         self.decoder = nn.ModuleList(stage(decoder, 2 * C, C, count) for C, count in stages[-2::-1])  # without the last
         self.norm = group_norm(channels[0])
         self.head = conv3x3(channels[0], in_channels)
@@ -275,16 +275,3 @@ def check_sizes(
             f"windows of {window_size}x{window_size} do not divide every resolution of a {input_size}x{input_size} "
             f"image in {len(channels)} stages: its side must be a multiple of {multiple}"
         )
-
-
-def check_stages(encoder: str, decoder: str, conditioning: str) -> None:
-    """Refuse kinds of stages that do not exist, and a conditioning that no stage would read.
-
-    Raises:
-        ValueError: see `ImageDiffiT`.
-    """
-    for name, kind in (("encoder", encoder), ("decoder", decoder)):
-        if kind not in ("diffit", "plain"):
-            raise ValueError(f"unknown {name} '{kind}': choose diffit or plain")
-    if encoder == decoder == "plain" and conditioning != "tmsa":
-        raise ValueError(f"plain stages have no conditioning '{conditioning}' in their blocks: leave it out")

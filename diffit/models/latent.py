@@ -83,10 +83,7 @@ class DiffiT(nn.Module):
     def initialize_weights(self) -> None:
         """Xavier linear layers without bias, normal(0.02) embeddings, and a zero head: the first prediction is 0."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight.detach().flatten(1))  # the patch projection, as the matrix it is
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)

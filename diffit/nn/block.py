@@ -3,17 +3,10 @@
 Letters: B batch, W windows, N tokens of a window, C channels, E channels of the condition.
 """
 
-from timm.layers import Mlp
+from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from diffit.nn.attention import TMSA, WindowAttention
-
-
-class TanhGELU(nn.GELU):
-    """GELU in its tanh approximation, constructible as timm's Mlp constructs its activation."""
-
-    def __init__(self) -> None:
-        super().__init__(approximate="tanh")
 
 
 class DiffiTBlock(nn.Module):
@@ -37,7 +30,7 @@ class DiffiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = attention(dim, num_heads, window_size, cond_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=TanhGELU, drop=(dropout, 0.0))  # hidden layer, output
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh, drop=(dropout, 0.0))  # hidden layer, output
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C]."""

@@ -6,14 +6,6 @@ import torch
 from torch import Tensor, nn
 
 
-def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """t: [B], any real timesteps. Returns [B, dim] in float32: cosines first, then sines, at falling frequencies."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angles = t[:, None].float() * frequencies  # [B, F/2]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, F]
-
-
 def sincos_position_embedding(dim: int, side: int) -> Tensor:
     """Fixed 2-D position embedding [side*side, dim] in the MAE layout.
 
@@ -42,8 +34,11 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def features(self, t: Tensor) -> Tensor:
-        """t: [B]. Returns [B, F] in float32."""
-        return sinusoidal_embedding(t, self.num_features)
+        """t: [B], any real timesteps. Returns [B, F] in float32: cosines, then sines, at falling frequencies."""
+        half = self.num_features // 2
+        frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angles = t[:, None].float() * frequencies  # [B, F/2]
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, F]
 
     def forward(self, t: Tensor, offset: Tensor | None = None) -> Tensor:
         """t: [B] timesteps on the original scale; offset: [B, F], added to the features. Returns [B, C]."""
