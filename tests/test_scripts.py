@@ -41,6 +41,15 @@ def test_mistakes_found_later_are_one_sentence_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["sample", "train", "evaluate"])
+def test_commands_of_the_package(command, tmp_path):
+    """What `torchrun -m` starts where there is no checkout."""
+    words = [sys.executable, "-m", f"diffit.cli.{command}", "--help"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: ")
+
+
 LIGHT = """
 import sys, runpy
 sys.argv = sys.argv[1:]

@@ -88,3 +88,7 @@ def _check(config: SampleConfig, source: Source, checkpoint: CheckpointConfig) -
     if config.class_labels and not config.class_cond:
         raise ValueError("--class_cond False samples without classes: leave it or --class_labels out")
     check_process(config.process_config, config.sampling, config.guidance)
+
+
+if __name__ == "__main__":  # torchrun -m diffit.cli.sample
+    sys.exit(main())

@@ -172,3 +172,7 @@ def _check_start(config: TrainConfig) -> None:
                 f"--init_from {source} holds another network, of {key} {other} instead of {value}: only the number of "
                 "classes and the resolution may differ"
             )
+
+
+if __name__ == "__main__":  # torchrun -m diffit.cli.train
+    sys.exit(main())
