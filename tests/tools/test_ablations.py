@@ -101,13 +101,15 @@ def test_report(studies, report, tmp_path):
             (folder / "scores.json").write_text(json.dumps(steps))
     doc = tmp_path / "docs" / "ablations.md"
     doc.parent.mkdir()
-    doc.write_text((ROOT / "docs" / "ablations.md").read_text())
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    doc.write_text(page)
     report.write_report(doc, [tmp_path / "image"], studies.load_studies())
     text = doc.read_text()
     report.write_report(doc, [tmp_path / "image"], studies.load_studies())
     assert doc.read_text() == text
-    assert text.startswith("# Ablations")
-    assert text.endswith("--plot docs/assets/guidance_sweep.png\n")
+    begin, end = "<!-- costs", "<!-- end of results -->"  # the prose around what is written stays
+    assert text.split(begin)[0] == page.split(begin)[0]
+    assert text.split(end)[1] == page.split(end)[1]
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if " | " in line}
     assert "| 2.100 ± 0.058 |" in text
     assert "| +1.007 ± 0.003 (worse) |" in rows["DiT's modulation (adaLN)"]
