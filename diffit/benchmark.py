@@ -25,20 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffit.checkpoint import load_weights
+from diffit.checkpoint.config import CheckpointConfig, default_config
+from diffit.checkpoint.resolve import BUNDLED, find_checkpoint
+from diffit.checkpoint.weights import load_weights
 from diffit.cli.parser import fail
 from diffit.codec import create_codec
 from diffit.config import Precision
-from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import SampleNoise, create_process, create_sampler, guided_model
 from diffit.diffusion.config import SKIP_BELOW
 from diffit.diffusion.samplers import model_at
-from diffit.files import write_atomically
 from diffit.models.config import build_model
 from diffit.models.fast import compiles, cpu_info, fast_network, fast_precision
 from diffit.nn.attention import TMSA, matmul_attention
 from diffit.sampling.images import sample_batch
-from diffit.sources import BUNDLED, CheckpointConfig, default_config, find_checkpoint
+from diffit.system.device import autocast, resolve_device, set_matmul_precision
+from diffit.system.files import write_atomically
 from diffit.training.ema import EMA
 from diffit.training.estimate import estimate, measured_peak
 

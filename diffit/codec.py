@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffit.config import PIXELS, STABILITY_VAE, CodecConfig
-from diffit.files import first_line, quiet_hub
+from diffit.system.files import first_line, quiet_hub
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
-from diffit.checkpoint import load_weights
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.weights import load_weights
 from diffit.codec import Codec, create_codec
-from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion.config import SAMPLERS
 from diffit.sampling.attention import Position, average, watch
 from diffit.sampling.config import AppTask
 from diffit.sampling.folder import draw_grid, picture
-from diffit.sampling.images import class_names, sample_images
-from diffit.sources import CheckpointConfig
+from diffit.sampling.images import sample_images
+from diffit.sampling.labels import class_names
+from diffit.system.device import resolve_device, set_matmul_precision
 
 _SECONDS = 0.1  # between two pictures of a sample on its way
 _PATIENCE = 4  # times as long as a picture takes, which slow VAEs may, so that denoising stays most of the work

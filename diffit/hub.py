@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffit.files import first_line, quiet_hub
-from diffit.sources import BUNDLED, HUB_REPOSITORY, CheckpointConfig
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY
+from diffit.system.files import first_line, quiet_hub
 
 SCORES = "scores.json"  # beside the weights, as the evaluator writes it by --json
 DOWNLOAD_SETTINGS = ("revision", "token", "cache_dir", "local_files_only", "force_download")

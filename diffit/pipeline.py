@@ -29,13 +29,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit import components, hub
-from diffit.checkpoint import load_model
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY
+from diffit.checkpoint.weights import load_model
 from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
-from diffit.files import as_tree, first_line, write_atomically
 from diffit.models.config import ZOO, model_config
-from diffit.sampling.images import class_names, resolve_labels, sample_images
-from diffit.sources import BUNDLED, HUB_REPOSITORY, CheckpointConfig
+from diffit.sampling.images import sample_images
+from diffit.sampling.labels import class_names, resolve_labels
+from diffit.system.files import as_tree, first_line, write_atomically
 from diffit.training.checkpointing import STATE_FILE, load_trained
 
 _BATCH_SIZE = 16

@@ -11,9 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from diffit.cli.evaluate import add_backend_flags
-from diffit.device import resolve_device
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.reference import make_reference, read_images
+from diffit.system.device import resolve_device
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffit.checkpoint import CheckpointConfig, save_checkpoint
+from diffit.checkpoint.weights import CheckpointConfig, save_checkpoint
 from diffit.codec import CodecConfig
 from diffit.diffusion.config import GuidanceConfig, SamplingConfig
 from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config

@@ -10,7 +10,7 @@ import torch
 
 from diffit import load_model
 from diffit.benchmark import _copy_of, interleaved, measure_sampling, parse, with_matmul_attention
-from diffit.checkpoint import CheckpointConfig
+from diffit.checkpoint.weights import CheckpointConfig
 from diffit.diffusion.config import GuidanceConfig, SamplingConfig
 from diffit.models.fast import fast_network, fast_precision
 from diffit.training.estimate import measured_peak

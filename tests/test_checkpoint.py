@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffit import load_model
-from diffit.checkpoint import CheckpointConfig, load_weights, save_checkpoint
+from diffit.checkpoint.config import default_config
+from diffit.checkpoint.resolve import find_checkpoint
+from diffit.checkpoint.weights import CheckpointConfig, load_weights, save_checkpoint
 from diffit.models.config import DiffiTConfig
 from diffit.nn.attention import relative_position_index
-from diffit.sources import default_config, find_checkpoint
 from tests.conftest import ROOT
 from tests.small_models import NETWORK, random_network, save_small_checkpoint
 
@@ -188,8 +189,8 @@ def test_a_failed_write_leaves_the_old_file(small, monkeypatch):
 
 
 def test_bundled_model_is_small_and_complete():
+    from diffit.checkpoint.resolve import BUNDLED
     from diffit.codec import BUNDLED_VAES
-    from diffit.sources import BUNDLED
 
     files = [*BUNDLED.values(), *(file for folder in BUNDLED_VAES.values() for file in folder.iterdir())]
     assert sum(file.stat().st_size for file in files) <= 8_000_000

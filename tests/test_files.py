@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from diffit.files import exclusive
+from diffit.system.files import exclusive
 from tests.conftest import ROOT
 from tests.small_models import write_fashion_files
 
 HOLD = """
 import pathlib, sys, time
-from diffit.files import exclusive
+from diffit.system.files import exclusive
 with exclusive(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

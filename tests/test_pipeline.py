@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
 from diffit import DiffiTPipeline, load_model, sample_images
+from diffit.checkpoint.config import CheckpointConfig
 from diffit.components import DiffiTTransformer2DModel
 from diffit.pipeline import main
-from diffit.sources import CheckpointConfig
 from tests.conftest import ROOT
 from tests.local_hub import local_hub
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae

@@ -17,8 +17,8 @@ from plots import new_figure, save_figure
 from scipy import stats
 from studies import Study
 
-from diffit.files import write_atomically
 from diffit.models.config import NetworkConfig, model_config
+from diffit.system.files import write_atomically
 from diffit.training.estimate import estimate
 
 # Published networks, in which costs are counted.

@@ -24,12 +24,12 @@ from plots import new_figure, save_figure
 from torch import Tensor, nn
 
 from diffit import load_model, sample_images
+from diffit.checkpoint.config import CheckpointConfig
 from diffit.cli.parser import fail
 from diffit.codec import create_codec
-from diffit.device import resolve_device
 from diffit.sampling.attention import Maps, Position, average, watch
-from diffit.sampling.images import class_names
-from diffit.sources import CheckpointConfig
+from diffit.sampling.labels import class_names
+from diffit.system.device import resolve_device
 
 
 @dataclass

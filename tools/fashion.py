@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm, trange
 
-from diffit.checkpoint import load_weights, save_checkpoint
+from diffit.checkpoint.resolve import BUNDLED, find_checkpoint
+from diffit.checkpoint.weights import load_weights, save_checkpoint
 from diffit.data.datasets import fashion_mnist
 from diffit.evaluation.fashion import CLASSIFIER, FEATURES, REFERENCE, FashionClassifier
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import Reference, both_radii, collect, score_images
-from diffit.sources import BUNDLED, find_checkpoint
 
 KL_WEIGHT = 1e-4  # per latent value, beside an L1 + MSE per pixel on [-1, 1]
 REFERENCE_IMAGES, TEST_IMAGES = 10_000, 2_000

@@ -22,8 +22,8 @@ from scoring import draw, open_scorer
 
 from diffit import load_model
 from diffit.cli.parser import fail
-from diffit.device import resolve_device
-from diffit.files import as_tree, difference, write_atomically
+from diffit.system.device import resolve_device
+from diffit.system.files import as_tree, difference, write_atomically
 
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
 Results = dict[str, dict[float, dict[str, float]]]  # schedule -> scale -> scores

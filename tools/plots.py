@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from diffit.files import write_atomically
+from diffit.system.files import write_atomically
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

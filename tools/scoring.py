@@ -14,16 +14,16 @@ from torch import nn
 from tqdm import tqdm
 
 from diffit import sample_images
+from diffit.checkpoint.config import CheckpointConfig
 from diffit.codec import VAECodec, create_codec
 from diffit.data.datasets import fashion_mnist
-from diffit.device import to_device
 from diffit.diffusion import create_process
 from diffit.diffusion.noise import keyed_generator
 from diffit.evaluation.fashion import FEATURES, bundled_reference
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import collect, load_reference
 from diffit.evaluation.statistics import frechet_distance
-from diffit.sources import CheckpointConfig
+from diffit.system.device import to_device
 
 HELD_OUT_IMAGES = 2000
 _BATCH = 500

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from diffit.files import as_tree
 from diffit.models.config import DiffiTConfig, model_config
+from diffit.system.files import as_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffit.checkpoint.resolve import find_checkpoint
 from diffit.cli.parser import build_parser, fail, given_arguments, instantiate, refusing
 from diffit.cli.settings import Command
 from diffit.sampling.config import AppConfig, AppTask
-from diffit.sources import find_checkpoint
 
 GRADIO = 'the page needs Gradio: pip install "diffit[demo]"'
 COMMAND = Command(

@@ -13,8 +13,6 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffit.device import resolve_device
-from diffit.distributed import World, main_first, on_main, start, stop
 from diffit.evaluation import fashion
 from diffit.evaluation.checks import check_images, check_labels, check_pair, class_labels
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
@@ -22,7 +20,9 @@ from diffit.evaluation.features import INCEPTION, create_backend
 from diffit.evaluation.reader import ImageFile
 from diffit.evaluation.scores import Scores, load_reference, score_images, share
 from diffit.evaluation.statistics import SingularCovarianceWarning
-from diffit.files import write_atomically
+from diffit.system.device import resolve_device
+from diffit.system.distributed import World, main_first, on_main, start, stop
+from diffit.system.files import write_atomically
 
 # Field of `Scores` -> what is printed before it, if it is defined; the last five are ADM's, in its order.
 LABELS = {

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from diffit.cli.settings import Command, Setting, fits, form_of, help_text, one_argument, settings_of, words_of
-from diffit.ranks import detect_world
+from diffit.system.ranks import detect_world
 
 _PATIENCE = 5.0  # seconds that the other ranks leave the first one to speak, before the launcher ends it with them
 _KEY = re.compile(r'^"([\w.]+)"|^argument --([\w.]+)')

@@ -9,15 +9,16 @@ from dataclasses import asdict, fields
 
 import yaml
 
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.resolve import Source, find_checkpoint
 from diffit.cli.parser import build_parser, check_numbers, fail, given_arguments, instantiate, parse, refusing
 from diffit.cli.settings import Command
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.config import PIXELS
 from diffit.diffusion.config import SKIP_BELOW, ProcessSettings, check_process
-from diffit.files import as_tree
-from diffit.ranks import detect_world
 from diffit.sampling.config import SampleConfig, SampleTask
-from diffit.sources import CheckpointConfig, Source, find_checkpoint
+from diffit.system.files import as_tree
+from diffit.system.ranks import detect_world
 
 _NODES = [node.name for node in fields(ProcessSettings)]
 COMMAND = Command(

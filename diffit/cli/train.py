@@ -10,14 +10,14 @@ from typing import get_type_hints
 
 import yaml
 
+from diffit.checkpoint.config import default_config
 from diffit.cli.parser import build_parser, check_numbers, fail, given_arguments, instantiate, parse, refusing
 from diffit.cli.settings import Command, fits, words_of
 from diffit.config import PIXELS
 from diffit.diffusion.config import check_process, fitting_processes
-from diffit.files import as_tree
 from diffit.models.config import DiffiTConfig, model_config
-from diffit.ranks import detect_world
-from diffit.sources import default_config
+from diffit.system.files import as_tree
+from diffit.system.ranks import detect_world
 from diffit.training.config import TrainConfig, TrainTask, find_start
 
 COMMAND = Command(
@@ -42,7 +42,7 @@ def main() -> int:
     """Parse, train, say where the weights are; 2 if the user can mend it, 75 if asked to stop, 130 if interrupted."""
     task, world = parse_train(), detect_world()
     if task.config.dry_run:
-        from diffit.device import resolve_device
+        from diffit.system.device import resolve_device
         from diffit.training.estimate import report
 
         with refusing():

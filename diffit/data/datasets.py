@@ -27,7 +27,7 @@ from diffit.codec import PixelCodec
 from diffit.data.config import DataName
 from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
 from diffit.data.sampler import Key
-from diffit.files import first_line, npy_bytes, write_atomically
+from diffit.system.files import first_line, npy_bytes, write_atomically
 
 T = TypeVar("T")
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffit import distributed
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.config import EncodeConfig
 from diffit.data.datasets import ImageDataset, Unreadable, UnreadableImagesError, decode_ahead, listing, open_images
 from diffit.data.latent_cache import LABELS, MANIFEST, CacheSettings, LatentCache, Shard, open_cache, shard_is_whole
-from diffit.device import resolve_device, set_matmul_precision
-from diffit.distributed import World
-from diffit.files import difference, exclusive, explained_write, npy_bytes, write_atomically
+from diffit.system import distributed
+from diffit.system.device import resolve_device, set_matmul_precision
+from diffit.system.distributed import World
+from diffit.system.files import difference, exclusive, explained_write, npy_bytes, write_atomically
 
 _SETTINGS = "settings.json"  # of a cache in the making
 _BATCH_PIXELS = 1 << 21  # 32 images at 256 pixels: a batch that fits small GPUs

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.distributed import detect_world
+from diffit.system.distributed import detect_world
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MODES = {1: "L", 3: "RGB"}  # by number of channels, as Pillow calls them

@@ -31,7 +31,7 @@ from diffit.codec import VAECodec, draw_latents
 from diffit.data.datasets import ImageDataset, Unreadable
 from diffit.data.sampler import Key
 from diffit.diffusion.noise import RandomStream, keyed_generator
-from diffit.files import sha256
+from diffit.system.files import sha256
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 

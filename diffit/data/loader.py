@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffit import distributed
 from diffit.codec import Codec, PixelCodec, VAECodec
 from diffit.data.augment import augment, draw_augmentation
 from diffit.data.config import DataConfig
@@ -40,7 +39,8 @@ from diffit.data.latent_cache import MANIFEST, LatentCache, LatentDataset, open_
 from diffit.data.sampler import BatchSampler, Key
 from diffit.diffusion import Process
 from diffit.diffusion.noise import RandomStream, keyed_generator
-from diffit.distributed import World
+from diffit.system import distributed
+from diffit.system.distributed import World
 
 TrainingSet = PixelDataset | LatentDataset
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffit.device import to_device
+from diffit.system.device import to_device
 
 
 class RandomStream(IntEnum):

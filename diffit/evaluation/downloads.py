@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffit.files import sha256, write_atomically
+from diffit.system.files import sha256, write_atomically
 
 _ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
 INCEPTION_GRAPH = "classify_image_graph_def.pb"

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffit.checkpoint.resolve import BUNDLED
 from diffit.data.datasets import FASHION_CLASSES
 from diffit.evaluation.features import Backend
 from diffit.evaluation.scores import Reference, Scores, score_images, share
-from diffit.sources import BUNDLED
 
 CLASSIFIER = Path(__file__).parents[1] / "bundled/fashion_classifier.safetensors"
 REFERENCE = CLASSIFIER.with_name("fashion_reference.npz")

@@ -27,7 +27,7 @@ from torch import Tensor
 from diffit.evaluation import inception, inception_tensorflow
 from diffit.evaluation.downloads import INCEPTION_GRAPH, INCEPTION_STATE, cache_folder, cached, verify
 from diffit.evaluation.reader import Images
-from diffit.files import sha256
+from diffit.system.files import sha256
 
 INCEPTION = "inception-2015"
 Extract = Callable[[Tensor], Sequence[Any]]

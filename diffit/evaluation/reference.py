@@ -20,7 +20,7 @@ from diffit.data.files import SUFFIXES, centre_crop
 from diffit.evaluation.features import Backend
 from diffit.evaluation.reader import ImageFile, Images
 from diffit.evaluation.scores import collect
-from diffit.files import npz_member
+from diffit.system.files import npz_member
 
 
 def read_images(

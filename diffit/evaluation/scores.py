@@ -16,11 +16,11 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from diffit.distributed import World, on_main
 from diffit.evaluation.features import INCEPTION, Backend
 from diffit.evaluation.manifold import manifold_radii, precision_recall
 from diffit.evaluation.reader import ImageFile, Images
 from diffit.evaluation.statistics import Floats, Moments, accuracy, frechet_distance, inception_score
+from diffit.system.distributed import World, on_main
 
 Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
 _STORED = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # score -> its moments in a reference file

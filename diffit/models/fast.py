@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from diffit.config import Precision
-from diffit.device import product_dtype
 from diffit.models.image import DiffiTResBlock, ImageDiffiT
 from diffit.models.latent import DiffiT
 from diffit.nn.attention import TMSA, Attention, fused_attention, matmul_attention, relative_position_bias
 from diffit.nn.block import DiffiTBlock
+from diffit.system.device import product_dtype
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm processors that multiply bf16
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.resolve import Source
 from diffit.config import Device, Precision
 from diffit.diffusion.config import ProcessSettings
-from diffit.sources import CheckpointConfig, Source
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from diffit.files import difference, explained_write, npz_member, open_atomically, write_atomically
+from diffit.system.files import difference, explained_write, npz_member, open_atomically, write_atomically
 
 MANIFEST = "manifest.json"
 GRID = "grid.png"

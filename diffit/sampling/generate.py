@@ -21,20 +21,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffit
-from diffit import distributed
-from diffit.checkpoint import load_weights
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.weights import load_weights
 from diffit.codec import create_codec
 from diffit.config import Precision
-from diffit.device import autocast, resolve_device, set_matmul_precision
 from diffit.diffusion import create_sampler
 from diffit.diffusion.samplers import Sampler
-from diffit.distributed import World
-from diffit.files import as_tree, exclusive, sha256
 from diffit.models.fast import compiles, fast_network, fast_precision
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
-from diffit.sampling.images import batch_labels, class_names, resolve_labels, sample_batch
-from diffit.sources import CheckpointConfig
+from diffit.sampling.images import batch_labels, sample_batch
+from diffit.sampling.labels import class_names, resolve_labels
+from diffit.system import distributed
+from diffit.system.device import autocast, resolve_device, set_matmul_precision
+from diffit.system.distributed import World
+from diffit.system.files import as_tree, exclusive, sha256
 
 # Settings that do not change a sample; a resumed run may change them.
 _FREE = ("log_dir", "batch_size", "save_png", "overwrite", "dry_run", "model_path")

@@ -26,11 +26,12 @@ import yaml
 from torch import nn
 from torch.distributed.checkpoint import state_dict as state_dicts
 
-from diffit import distributed
-from diffit.checkpoint import load_weights, save_checkpoint
-from diffit.distributed import World
-from diffit.files import as_tree, difference, first_line, write_atomically
-from diffit.sources import CheckpointConfig, find_checkpoint
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.resolve import find_checkpoint
+from diffit.checkpoint.weights import load_weights, save_checkpoint
+from diffit.system import distributed
+from diffit.system.distributed import World
+from diffit.system.files import as_tree, difference, first_line, write_atomically
 from diffit.training.config import TrainConfig
 from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
 from diffit.training.step import TrainState

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.resolve import Source, find_named
 from diffit.config import CodecConfig, Device, Precision
 from diffit.data.config import DataConfig
 from diffit.diffusion.config import ProcessSettings
 from diffit.models.config import DiffiTConfig, model_config
-from diffit.sources import CheckpointConfig, Source, find_named
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config import Precision
-from diffit.device import product_dtype
 from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config
+from diffit.system.device import product_dtype
 from diffit.training.config import TrainConfig
 
 

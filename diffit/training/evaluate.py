@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffit.checkpoint.config import CheckpointConfig
 from diffit.codec import create_codec
 from diffit.config import Precision
-from diffit.device import autocast
 from diffit.diffusion import create_sampler
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images, share
 from diffit.sampling.folder import save_grid
 from diffit.sampling.images import batch_labels, sample_batch
-from diffit.sources import CheckpointConfig
+from diffit.system.device import autocast
 from diffit.training.config import TrainConfig
 
 _IMAGES, _SEED = 16, 0

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffit.checkpoint import load_weights
-from diffit.distributed import World
+from diffit.checkpoint.weights import load_weights
 from diffit.models.config import NetworkConfig, build_model
+from diffit.system.distributed import World
 from diffit.training.config import TrainConfig, find_start
 
 

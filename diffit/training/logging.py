@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from diffit.distributed import World
-from diffit.files import write_atomically
 from diffit.models.config import NetworkConfig
+from diffit.system.distributed import World
+from diffit.system.files import write_atomically
 from diffit.training.config import TrainConfig
 from diffit.training.ema import ema_decays
 from diffit.training.estimate import estimate, in_words, measured_peak, peak_memory

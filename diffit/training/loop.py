@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from diffit import distributed
+from diffit.checkpoint.config import CheckpointConfig
 from diffit.codec import create_codec
 from diffit.data.datasets import fitting_labels
 from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_set, training_batches
 from diffit.data.sampler import BatchSampler
-from diffit.device import resolve_device, set_matmul_precision
 from diffit.diffusion import create_process
-from diffit.distributed import World
-from diffit.files import exclusive
 from diffit.models.config import NetworkConfig, model_config
-from diffit.sources import CheckpointConfig
+from diffit.system import distributed
+from diffit.system.device import resolve_device, set_matmul_precision
+from diffit.system.distributed import World
+from diffit.system.files import exclusive
 from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
 from diffit.training.ema import EMA

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from diffit.distributed import World
+from diffit.system.distributed import World
 from diffit.training.config import TrainConfig
 
 

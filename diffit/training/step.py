@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffit.data.loader import Batch
 from diffit.diffusion import Process
 from diffit.diffusion.noise import RandomStream, keyed_generator
-from diffit.distributed import World
+from diffit.system.distributed import World
 from diffit.training.config import TrainConfig
 from diffit.training.ema import EMA, ema_decays, learning_rate
 from diffit.training.parallel import gradient_norm, gradient_sync

@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.files import as_tree, write_atomically
+from diffit.system.files import as_tree, write_atomically
 from diffit.training.config import TrainConfig
 
 

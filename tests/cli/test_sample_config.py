@@ -5,8 +5,8 @@ import yaml
 
 from diffit.cli.parser import build_parser
 from diffit.cli.sample import parse_sample
-from diffit.files import as_tree
 from diffit.sampling.config import SampleConfig
+from diffit.system.files import as_tree
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint
 
 FLAGS = {

@@ -20,7 +20,7 @@ from diffit.data.loader import NoisyBatches, open_training_set, training_batches
 from diffit.data.sampler import BatchSampler
 from diffit.diffusion import create_diffusion
 from diffit.diffusion.noise import RandomStream, keyed_generator
-from diffit.distributed import World
+from diffit.system.distributed import World
 from tests.conftest import ROOT
 from tests.data.pictures import cut_off, write_pictures, zipped
 from tests.small_models import save_small_vae

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from diffit.checkpoint import CheckpointConfig
+from diffit.checkpoint.weights import CheckpointConfig
 from diffit.models.config import ZOO
 
 ADDED = ("conditioning", "time_embedding", "encoder", "decoder")

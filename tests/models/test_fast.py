@@ -7,7 +7,6 @@ import torch
 
 from diffit import create_model, load_model
 from diffit.benchmark import _copy_of, with_matmul_attention
-from diffit.device import autocast
 from diffit.models.config import model_config
 from diffit.models.fast import (
     FastConv,
@@ -20,6 +19,7 @@ from diffit.models.fast import (
 )
 from diffit.nn.attention import TMSA, fused_attention, matmul_attention
 from diffit.nn.block import DiffiTBlock
+from diffit.system.device import autocast
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
 from tests.nn.test_attention import naive_tmsa
 from tests.small_models import random_network

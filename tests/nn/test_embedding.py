@@ -3,7 +3,7 @@
 import torch
 
 from diffit import create_model
-from diffit.checkpoint import CheckpointConfig, load_weights, save_checkpoint
+from diffit.checkpoint.weights import CheckpointConfig, load_weights, save_checkpoint
 from diffit.models.config import model_config
 from diffit.nn.embedding import FourierEmbedder, TimestepEmbedder, time_embedder
 from tests.small_models import random_network

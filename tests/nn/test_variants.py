@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from diffit import create_model
 from diffit.benchmark import _copy_of
-from diffit.distributed import World
 from diffit.models.config import model_config
 from diffit.models.fast import prepare_for_sampling
 from diffit.nn.attention import TMSA
@@ -20,6 +19,7 @@ from diffit.nn.variants import (
     TimeMLPBlock,
     block_class,
 )
+from diffit.system.distributed import World
 from diffit.training.parallel import apply_activation_checkpointing, blocks, shard
 from tests.small_models import count_parameters, random_network
 

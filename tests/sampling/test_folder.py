@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from diffit.files import difference
 from diffit.sampling.folder import SampleFolder, draw_grid, picture, save_grid
+from diffit.system.files import difference
 from tests.conftest import ROOT
 
 

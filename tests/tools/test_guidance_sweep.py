@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from diffit.files import as_tree
-from diffit.sources import find_checkpoint
+from diffit.checkpoint.resolve import find_checkpoint
+from diffit.system.files import as_tree
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from diffit import distributed
+from diffit.system import distributed
 from diffit.training import loop
 from diffit.training.step import StepResult, train_step
 from diffit.training.stopping import Stopped

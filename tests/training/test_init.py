@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffit.checkpoint import CheckpointConfig, save_checkpoint
+from diffit.checkpoint.weights import CheckpointConfig, save_checkpoint
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_bias
 from diffit.training.init import adapt_state, resize_bias

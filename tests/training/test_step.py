@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffit.distributed import World
 from diffit.models.config import create_model
+from diffit.system.distributed import World
 from diffit.training import loop
 from diffit.training.ema import ramped_decay
 from diffit.training.parallel import apply_activation_checkpointing, blocks

@@ -1,7 +1,4 @@
-"""Weights from and to files: safetensors whose metadata hold the config of the model and how to sample it.
-
-What checkpoints say, and where they are found, is in `sources.py`.
-"""
+"""Weights from and to files: safetensors whose metadata hold the config of the model and how to sample it."""
 
 from __future__ import annotations
 
@@ -13,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from diffit.files import write_atomically
+from diffit.checkpoint.config import METADATA_KEY, CheckpointConfig
+from diffit.checkpoint.resolve import find_named
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_index
-from diffit.sources import METADATA_KEY, CheckpointConfig, find_named
+from diffit.system.files import write_atomically
 
 
 def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:

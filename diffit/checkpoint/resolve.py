@@ -1,99 +1,24 @@
-"""Checkpoints that say what they are: safetensors whose metadata hold the config of the model and how to sample it.
+"""Where weights are, and what they say of themselves, without loading them.
 
 A checkpoint is named by a bundled name ("Diffit-Fashion"), a file, or the released weights on the Hub ("Diffit").
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from diffit.config import PIXELS, CodecConfig
-from diffit.diffusion.config import SAMPLERS, GuidanceConfig, ProcessSettings, SamplingConfig, fitting_processes
-from diffit.files import quiet_hub
-from diffit.models.config import ZOO, DiffiTConfig, NetworkConfig, model_config
+from diffit.checkpoint.config import METADATA_KEY, RELEASED, CheckpointConfig, default_config
+from diffit.models.config import ZOO, model_config
+from diffit.system.files import quiet_hub
 
-BUNDLED = {"Diffit-Fashion": Path(__file__).parent / "bundled" / "diffit_fashion.safetensors"}
+BUNDLED = {"Diffit-Fashion": Path(__file__).parents[1] / "bundled" / "diffit_fashion.safetensors"}
 HUB_REPOSITORY = "nvidia/DiffiT"
-METADATA_KEY = "diffit"
-
-
-@dataclass(frozen=True)
-class CheckpointConfig(ProcessSettings):
-    """What a checkpoint says about itself: the model, the process it was trained for, how best to sample it."""
-
-    model: str
-    network: NetworkConfig
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    class_names: tuple[str, ...] = ()
-    made_by: str = ""  # the recipe and how far it was followed
-
-    @property
-    def image_size(self) -> int:
-        return self.network.input_size * self.codec.factor
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> CheckpointConfig:
-        """The inverse of to_json. Raises TypeError or KeyError if the text is not of this version."""
-        tree = json.loads(text)
-        guidance = tree["guidance"]
-        guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
-        # Files written before a process existed lack its node and get its defaults.
-        nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
-        known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
-        return cls(
-            model=tree["model"],
-            network=model_config(tree["model"], **tree["network"]),
-            process=tree.get("process", "gaussian"),
-            codec=CodecConfig(**tree["codec"]),
-            class_names=tuple(tree["class_names"]),
-            made_by=tree["made_by"],
-            **known,
-        )
-
-
-# The published settings of the released weights: image size -> file and guidance.
-RELEASED: dict[int, tuple[str, GuidanceConfig]] = {
-    256: ("diffit_256.safetensors", GuidanceConfig(scale=4.4, schedule="power_cosine")),
-    512: ("diffit_512.safetensors", GuidanceConfig(scale=1.49, schedule="constant")),
-}
-
-
-def default_config(
-    model: str, image_size: int | None = None, process: str | None = None, **overrides: Any
-) -> CheckpointConfig:
-    """The config of weights without metadata, and what a new run begins with: all that follows from the model's name.
-
-    Args:
-        model: a name of the zoo.
-        image_size: side of the images, in pixels; by default that of the size.
-        process: gaussian for latents and edm for pixels, if it is not said.
-        overrides: fields of the network's config to replace.
-
-    Raises:
-        ValueError: if the model, or a field, is unknown.
-    """
-    network = model_config(model, **overrides)
-    latent = isinstance(network, DiffiTConfig)
-    codec = CodecConfig() if latent else CodecConfig(PIXELS, factor=1)
-    if image_size is not None:
-        network = replace(network, input_size=image_size // codec.factor)
-    process = process or fitting_processes("latents" if latent else "pixels")[0]
-    steps = ProcessSettings(process=process).process_config.default_steps(network.input_size)
-    sampling = SamplingConfig(next(iter(SAMPLERS[process])), steps)
-    _, guidance = RELEASED.get(network.input_size * codec.factor, ("", GuidanceConfig()))
-    guidance = guidance if model == "Diffit" and process == "gaussian" else GuidanceConfig()
-    return CheckpointConfig(model, network, codec, process=process, sampling=sampling, guidance=guidance)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from diffit.ranks import World, detect_world
+from diffit.system.ranks import World, detect_world
 
 T = TypeVar("T")
 
