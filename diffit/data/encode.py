@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,8 +57,7 @@ def encode(config: EncodeConfig) -> None:
     """
     device, folder, data = resolve_device(config.device), Path(config.out).expanduser(), config.data
     set_matmul_precision("tf32")
-    world = distributed.start(device)
-    try:
+    with distributed.joined(device) as world:
         if data.name == "folder" and data.path is None:
             cache = open_cache(folder)
         else:
@@ -81,8 +79,6 @@ def encode(config: EncodeConfig) -> None:
             flips = "with mirror images" if cache.settings.flips == 2 else "without mirror images"
             size = len(cache) * cache.settings.flips * np.prod(cache.shape) * 2  # bytes
             print(f"{folder}: {len(cache)} images{classes}, {flips}, {size / 1e9:.3g} GB")
-    finally:
-        distributed.stop()
 
 
 def encode_images(
@@ -113,8 +109,7 @@ def encode_images(
     """
     making = _Making(folder, images, CacheSettings.of(images, codec, flip, shard_size))
     advice = "free some space, or choose another folder, and run the same command again; finished shards are kept"
-    with ExitStack() as held, explained_write(f"latents to {folder}", advice):
-        distributed.on_main(world, lambda: held.enter_context(exclusive(folder)))
+    with explained_write(f"latents to {folder}", advice), distributed.main_only(world, exclusive(folder)):
         missing = distributed.on_main(world, lambda: making.prepare(skip_unreadable))
         _write_shards(making, codec, missing[world.rank :: world.size], workers, show=world.is_main)
         distributed.barrier(world)

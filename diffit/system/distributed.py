@@ -65,6 +65,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def joined(device: torch.device, minutes: float = 10.0) -> Iterator[World]:
+    """`start` for a block, and `stop` at its end."""
+    try:
+        yield start(device, minutes)
+    finally:
+        stop()
+
+
 def barrier(world: World) -> None:
     """Wait for all."""
     if world.size > 1:
@@ -86,6 +95,17 @@ def on_main(world: World, function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def main_only(world: World, context: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+    """A block around which rank 0 alone enters a context; every rank gets its value, or raises its error of entering.
+
+    Ranks leave the block each at its own time: what rank 0 alone holds must outlive the last use by others, as by a
+    `barrier`.
+    """
+    with contextlib.ExitStack() as held:
+        yield on_main(world, lambda: held.enter_context(context))
 
 
 def main_first(world: World, function: Callable[[], T]) -> T:

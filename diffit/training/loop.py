@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from diffit.diffusion import create_process
 from diffit.models.config import NetworkConfig, model_config
 from diffit.system import distributed
 from diffit.system.device import resolve_device, set_matmul_precision
-from diffit.system.distributed import World
 from diffit.system.files import exclusive
+from diffit.system.ranks import World, detect_world
 from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
 from diffit.training.ema import EMA
@@ -42,12 +42,12 @@ def train(task: TrainTask) -> Path:
     checkpoints = run_dir / "checkpoints"
     device = resolve_device(config.device)
     set_matmul_precision(config.precision)
-    world = distributed.start(device, minutes=config.rank_timeout)
-    logger, held = None, ExitStack()
-    try:
-        # The folder, the data, the network, the newest checkpoint if there is one, and the batches from there on
-        check_shares(config, world)
-        distributed.on_main(world, lambda: held.enter_context(exclusive(run_dir)))
+    check_shares(config, detect_world())
+    with (
+        distributed.joined(device, minutes=config.rank_timeout) as world,
+        distributed.main_only(world, exclusive(run_dir)),
+    ):
+        # The data, the network, the newest checkpoint if there is one, and the batches from there on
         data, description = open_data(config, run_dir, world, device)
         state = create_state(config, description.network, device, world)
         load_run(state, checkpoints, description, device, world)
@@ -61,10 +61,10 @@ def train(task: TrainTask) -> Path:
         score = create_scorer(draw, config, device) if draw and config.evaluation.every else None
         changed = distributed.on_main(world, lambda: record_start(run_dir, config, state.step))
         logger = MetricLogger(config, description.network, state.step, device, world)
-        if changed:
-            logger.info(f"goes on from step {state.step} with other settings ({changed})")
 
-        with StopSignals() as signals:
+        with closing(logger), StopSignals() as signals:
+            if changed:
+                logger.info(f"goes on from step {state.step} with other settings ({changed})")
             while state.step < config.steps:
                 with distributed.explained_timeout():
                     result = train_step(state, next(batches), config, world, signals.stop_requested)
@@ -98,11 +98,6 @@ def train(task: TrainTask) -> Path:
                 if result.stop and step < config.steps:
                     raise Stopped(f"stopped after step {step}: the same command goes on from there")
         return complete_checkpoints(checkpoints)[-1] / EMA_FILE
-    finally:
-        if logger is not None:
-            logger.close()
-        held.close()
-        distributed.stop()
 
 
 def open_data(
