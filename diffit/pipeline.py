@@ -30,6 +30,7 @@ from torch import Tensor
 
 from diffit import components, hub
 from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.folder import STATE_FILE
 from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY
 from diffit.checkpoint.weights import load_model
 from diffit.codec import VAECodec, create_codec
@@ -38,7 +39,7 @@ from diffit.models.config import ZOO, model_config
 from diffit.sampling.images import sample_images
 from diffit.sampling.labels import class_names, resolve_labels
 from diffit.system.files import as_tree, first_line, write_atomically
-from diffit.training.checkpointing import STATE_FILE, load_trained
+from diffit.training.checkpointing import load_trained
 
 _BATCH_SIZE = 16
 

@@ -30,13 +30,13 @@ from scoring import draw, held_out_loss, open_scorer
 from studies import ROOT, load_studies, variants_for
 
 from diffit import load_model
+from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
 from diffit.cli.parser import fail
 from diffit.cli.train import parse_train
 from diffit.config import PIXELS
 from diffit.models.config import model_config
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, difference, write_atomically
-from diffit.training.checkpointing import EMA_FILE, complete_checkpoints
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.loop import train
 from diffit.training.stopping import EXIT_CODE, Stopped

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import warnings
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,15 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as state_dicts
 
 from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.folder import (
+    EMA_FILE,
+    MARKER,
+    STATE_FILE,
+    STATE_FOLDER,
+    checksum,
+    complete_checkpoints,
+    integrity_error,
+)
 from diffit.checkpoint.resolve import find_checkpoint
 from diffit.checkpoint.weights import load_weights, save_checkpoint
 from diffit.system import distributed
@@ -36,9 +44,7 @@ from diffit.training.config import TrainConfig
 from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
 from diffit.training.step import TrainState
 
-EMA_FILE, STATE_FILE, STATE_FOLDER, PROGRESS_FILE = "ema.safetensors", "state.pt", "state", "progress.json"
-MARKER = "complete.json"
-_PIECE = 1 << 24
+PROGRESS_FILE = "progress.json"
 
 # Settings without which a checkpoint means something else (a VAE may move: its weights are compared with those of the
 # latents), and those that do not change what a run learns.
@@ -193,11 +199,6 @@ def record_start(run_dir: Path, config: TrainConfig, step: int) -> str:
     return changed
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints with a marker, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"[0-9]*/{MARKER}") if path.parent.name.isdigit())
-
-
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint whose files are what the marker says; broken ones are named and put aside."""
     for found in sorted((f for f in folder.glob("[0-9]*") if f.name.isdigit()), reverse=True):
@@ -209,21 +210,6 @@ def newest_intact(folder: Path) -> Path | None:
         found.rename(aside)
         print(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
     return None
-
-
-def integrity_error(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if nothing is."""
-    try:
-        expected = json.loads((folder / MARKER).read_text())
-        found = checksums(folder)
-    except FileNotFoundError:
-        return "it was not written to its end"
-    except (OSError, ValueError) as error:
-        return f"it cannot be read: {error}"
-    wrong = next((name for name in expected if found.get(name) != expected[name]), None)
-    if wrong is None:
-        return None
-    return f"{wrong} is {'damaged' if wrong in found else 'missing'}"
 
 
 def load_trained(path: Path) -> tuple[nn.Module, CheckpointConfig]:
@@ -266,7 +252,7 @@ def _begin(part: Path) -> None:
 
 def _finish(part: Path, final: Path, config: TrainConfig) -> None:
     """Sync, mark and rename what was begun; then drop what need not be kept."""
-    write_atomically(part / MARKER, json.dumps(checksums(part), indent=1).encode())
+    write_atomically(part / MARKER, json.dumps(_checksums(part), indent=1).encode())
     _sync_folder(part)
     part.rename(final)
     _sync_folder(final.parent)
@@ -277,16 +263,13 @@ def _finish(part: Path, final: Path, config: TrainConfig) -> None:
             shutil.rmtree(gone)
 
 
-def checksums(folder: Path) -> dict[str, list[int]]:
+def _checksums(folder: Path) -> dict[str, list[int]]:
     """Size and CRC-32 of every file but the marker, each synced to disk."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER):
-        size = crc = 0
         with open(path, "rb") as file:
-            while piece := file.read(_PIECE):
-                size, crc = size + len(piece), zlib.crc32(piece, crc)
             os.fsync(file.fileno())
-        found[path.relative_to(folder).as_posix()] = [size, crc]
+        found[path.relative_to(folder).as_posix()] = [path.stat().st_size, checksum(path)]
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
 from diffit.codec import create_codec
 from diffit.data.datasets import fitting_labels
 from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_set, training_batches
@@ -20,7 +21,7 @@ from diffit.system import distributed
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import exclusive
 from diffit.system.ranks import World, detect_world
-from diffit.training.checkpointing import EMA_FILE, complete_checkpoints, ema_files, load_run, record_start, save_run
+from diffit.training.checkpointing import ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
 from diffit.training.ema import EMA
 from diffit.training.evaluate import create_draw, create_scorer, save_preview

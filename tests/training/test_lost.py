@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from diffit import load_model
+from diffit.checkpoint.folder import complete_checkpoints, integrity_error
 from diffit.training import loop
-from diffit.training.checkpointing import complete_checkpoints, integrity_error, write_failure
+from diffit.training.checkpointing import write_failure
 from diffit.training.stopping import EXIT_CODE, StopSignals
 from tests.data.pictures import cut_off, write_pictures
 from tests.training.runs import TINY, TRAIN, begun, changed, everything, log_of, poisoned, remembered, replaced, run
