@@ -93,7 +93,8 @@ def create_backend(
     try:
         extract = _INCEPTION[kind](path, device)
     except ModuleNotFoundError as error:
-        raise ValueError(f"the {kind} backend needs the package {error.name}: pip install 'diffit[eval]'") from error
+        extra = "tensorflow" if kind == "tensorflow" else "eval"
+        raise ValueError(f"--backend {kind} needs the package {error.name}: pip install 'diffit[{extra}]'") from error
     return Backend(INCEPTION, device, lambda images: extract(to_rgb(images)))
 
 

@@ -1,6 +1,6 @@
 """The Inception backends on a graph of the real names and shapes with random weights; the oracle is TensorFlow.
 
-PyTorch reads the weights without TensorFlow. The comparison runs where both are installed (extra `eval`).
+PyTorch reads the weights without TensorFlow. The comparison runs where both are installed (extras eval, tensorflow).
 """
 
 import importlib.util
