@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY
+from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY, Source
 from diffit.system.files import first_line, quiet_hub
 
 SCORES = "scores.json"  # beside the weights, as the evaluator writes it by --json
@@ -101,21 +99,18 @@ def model_card(
     )
 
 
-def card_facts(name: str, config: CheckpointConfig) -> dict[str, Any]:
+def card_facts(source: Source, config: CheckpointConfig) -> dict[str, Any]:
     """What the card says of a checkpoint beside its config: `license`, and the `scores` in the SCORES beside it.
-
-    name: of a bundled model, of released weights, or the path of a file or folder.
 
     Raises:
         ValueError: if that file is not what the evaluator writes.
     """
-    where = BUNDLED.get(name, Path(name).expanduser())
-    path = (where if where.is_dir() else where.parent) / SCORES
+    path = source.path.parent / SCORES if source.path else None
     # What is trained here says how, and what it started from, whose licence binds it too.
     from_nvidia = HUB_REPOSITORY in config.made_by if config.made_by else config.model == "Diffit"
-    license = "apache-2.0" if name in BUNDLED else "cc-by-nc-sa-4.0" if from_nvidia else "unknown"
+    license = "apache-2.0" if source.name in BUNDLED else "cc-by-nc-sa-4.0" if from_nvidia else "unknown"
     try:
-        scores = json.loads(path.read_text()) if where.exists() and path.is_file() else {}
+        scores = json.loads(path.read_text()) if path and path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({first_line(error)}): score again with --json, or remove it") from error
     return {"license": license, "scores": scores}
@@ -132,20 +127,6 @@ def _score_table(scores: dict[str, Any]) -> str:
     return f"\n## Scores\n\n{how}\n\n| {header} |\n| {line} |\n| {values} |\n"
 
 
-def download(repo_id: str, **settings: Any) -> Path:
-    """The folder of a pipeline on the Hub, downloaded once, without any code in it.
-
-    settings: any of `DOWNLOAD_SETTINGS`.
-
-    Raises:
-        ValueError: in one sentence, if it is not there, or the Hub not in reach and it was not downloaded before.
-    """
-    from huggingface_hub import snapshot_download
-
-    with _explained(f"the Hub did not give {repo_id}", "or give the folder of a copy", wanted=repo_id):
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **settings))
-
-
 def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
     """Upload a folder to a repository, which is made if it is not there; returns the commit's address.
 
@@ -154,16 +135,12 @@ def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, 
     """
     from huggingface_hub import create_repo, upload_folder
 
-    with _explained(f"{repo_id} was not uploaded", "and log in by `hf auth login`"):
-        name = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        return str(upload_folder(repo_id=name, folder_path=folder, token=token, commit_message=commit_message))
-
-
-@contextlib.contextmanager
-def _explained(failed: str, hint: str, wanted: str | None = None) -> Iterator[None]:
-    """Errors of the Hub's client in one sentence: they are its own, or those of requests or httpx, by its version."""
     try:
-        with quiet_hub(wanted):
-            yield
-    except Exception as error:
-        raise ValueError(f"{failed} ({first_line(error)}): check the name and the network, {hint}") from error
+        with quiet_hub(None):
+            name = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            return str(upload_folder(repo_id=name, folder_path=folder, token=token, commit_message=commit_message))
+    except Exception as error:  # the client's own, or those of requests or httpx, by its version
+        raise ValueError(
+            f"{repo_id} was not uploaded ({first_line(error)}): check the name and the network, and log in by "
+            "`hf auth login`"
+        ) from error

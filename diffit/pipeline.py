@@ -30,16 +30,14 @@ from torch import Tensor
 
 from diffit import components, hub
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.folder import STATE_FILE
-from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY
-from diffit.checkpoint.weights import load_model
+from diffit.checkpoint.resolve import PIPELINE_FILE, Source, find_checkpoint
+from diffit.checkpoint.weights import load_weights
 from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
-from diffit.models.config import ZOO, model_config
+from diffit.models.config import model_config
 from diffit.sampling.images import sample_images
 from diffit.sampling.labels import class_names, resolve_labels
 from diffit.system.files import as_tree, first_line, write_atomically
-from diffit.training.checkpointing import load_trained
 
 _BATCH_SIZE = 16
 
@@ -160,28 +158,20 @@ class DiffiTPipeline(DiffusionPipeline):
         """The pipeline of a checkpoint, or one that was saved.
 
         Args:
-            pretrained_model_name_or_path: a bundled name ("Diffit-Fashion"); "Diffit" or "nvidia/DiffiT" for the
-                released weights at 256 pixels; a file or Hub file ("nvidia/DiffiT/diffit_512.safetensors"); a run's
-                folder or one of its checkpoints; a folder that `save_pretrained` wrote, or its Hub id.
-            kwargs: dtype (or torch_dtype), and vae, an AutoencoderKL; saved pipelines take all that diffusers does.
+            pretrained_model_name_or_path: all that `diffit.load_model` takes: a bundled or released name, a file, the
+                folder of a run, of a checkpoint or of a saved pipeline, or a pipeline or file on the Hub.
+            kwargs: dtype (or torch_dtype); vae, an AutoencoderKL; for the Hub revision, token, cache_dir,
+                local_files_only and force_download; saved pipelines take all that diffusers does.
 
         Raises:
             ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
         """
+        client = {key: kwargs.pop(key) for key in hub.DOWNLOAD_SETTINGS if key in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
-        folder = Path(name).expanduser()
-        if (folder / cls.config_name).is_file():
-            return cls._from_folder(folder, **kwargs)
-        released = name == HUB_REPOSITORY or name.startswith(f"{HUB_REPOSITORY}/")
-        if folder.exists() or released or name in ZOO or name.endswith((".safetensors", ".pt")):
-            return cls._from_checkpoint(name, **kwargs)
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise ValueError(
-                f"there is no pipeline '{name}': give a checkpoint, a folder that save_pretrained wrote, a Hub id, or "
-                f"one of {', '.join(BUNDLED)}"
-            )
-        settings = {key: kwargs.pop(key) for key in hub.DOWNLOAD_SETTINGS if key in kwargs}
-        return cls._from_folder(hub.download(name, **settings), **kwargs)
+        source, config = find_checkpoint(path=name, door="from_pretrained", **client)
+        if source.path is not None and (source.path.parent / PIPELINE_FILE).is_file():
+            return cls._from_folder(source.path.parent, **kwargs)
+        return cls._from_checkpoint(source, config, **kwargs)
 
     @classmethod
     def _from_folder(cls, folder: Path, **kwargs: Any) -> DiffiTPipeline:
@@ -195,17 +185,17 @@ class DiffiTPipeline(DiffusionPipeline):
             ) from error
 
     @classmethod
-    def _from_checkpoint(cls, name: str, vae: AutoencoderKL | None = None, **kwargs: Any) -> DiffiTPipeline:
+    def _from_checkpoint(
+        cls, source: Source, config: CheckpointConfig, vae: AutoencoderKL | None = None, **kwargs: Any
+    ) -> DiffiTPipeline:
         dtypes = [kwargs.pop(key, None) for key in ("dtype", "torch_dtype")]
         if kwargs:
-            raise ValueError(f"{name} is a checkpoint, not a saved pipeline: it takes no {', '.join(kwargs)}")
-        path = Path(name).expanduser()
-        trained = name not in ZOO and (path.is_dir() or path.name == STATE_FILE)
-        model, config = load_trained(path) if trained else load_model(path if path.exists() else name)
+            raise ValueError(f"{source} is a checkpoint, not a saved pipeline: it takes no {', '.join(kwargs)}")
+        model = load_weights(source.fetch(), config)
         codec = create_codec(config.codec, torch.device("cpu"), vae=vae)
         checkpoint = {key: value for key, value in as_tree(config).items() if key != "network"}
         vae = codec.vae if isinstance(codec, VAECodec) else None
-        pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(name, config))
+        pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(source, config))
         return pipeline.to(dtype=dtypes[0] or dtypes[1] or pipeline.dtype)
 
     @classmethod

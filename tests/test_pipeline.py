@@ -270,8 +270,8 @@ def test_refusals(checkpoints, saved, tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "model_index.json").write_text((saved / "image" / "model_index.json").read_text())
     for name, settings, words in (
-        ("Difit", {}, "there is no pipeline 'Difit': give a checkpoint"),
-        (tmp_path / "none", {}, "there is no pipeline"),
+        ("Difit", {}, r"there is no checkpoint Difit: from_pretrained takes a name \(Diffit-Fashion"),
+        (tmp_path / "none", {}, "there is no checkpoint"),
         (tmp_path / "none.safetensors", {}, "there is no checkpoint file"),
         (tmp_path / "empty", {}, "is neither a run nor a checkpoint"),
         (tmp_path / "damaged", {}, "cannot load the pipeline in .*damaged"),
@@ -346,7 +346,7 @@ def test_plain_diffusers_with_and_without_diffit_and_the_hub_without_a_network(p
     expected = (255 * arrays(pipelines["latent"], ["Dog"])).round().astype(int).tolist()
     assert found[str(saved / "latent")] == found["someone/small"] == found["ours"] == expected
     unknown, not_uploaded, released = found["errors"]
-    assert unknown.startswith("the Hub did not give someone/else (")
+    assert unknown.startswith("cannot reach the Hub for someone/else: unset HF_HUB_OFFLINE, or")
     assert not_uploaded.startswith("someone/small was not uploaded (")
     assert released.startswith("cannot reach the Hub for nvidia/DiffiT/diffit_256.safetensors")
     assert all(len(error.splitlines()) == 1 for error in found["errors"])

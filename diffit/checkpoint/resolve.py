@@ -1,79 +1,109 @@
-"""Where weights are, and what they say of themselves, without loading them.
+"""Which weights a word means, and what they are, without loading them: `KINDS` is the whole grammar, in its order.
 
-A checkpoint is named by a bundled name ("Diffit-Fashion"), a file, or the released weights on the Hub ("Diffit").
+A name with weights comes first, then what is on the disk, then the Hub: a folder that is called Diffit-Fashion is meant
+by ./Diffit-Fashion, and a.b/c is looked for on the Hub only where there is no folder a.b.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from diffit.checkpoint.config import METADATA_KEY, RELEASED, CheckpointConfig, default_config
+from diffit.checkpoint.folder import EMA_FILE, STATE_FILE, STATE_FOLDER, complete_checkpoints, integrity_error
 from diffit.models.config import ZOO, model_config
-from diffit.system.files import quiet_hub
+from diffit.system.files import first_line, quiet_hub, sha256
 
 BUNDLED = {"Diffit-Fashion": Path(__file__).parents[1] / "bundled" / "diffit_fashion.safetensors"}
 HUB_REPOSITORY = "nvidia/DiffiT"
+PIPELINE_FILE = "model_index.json"
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from: a file that exists, or one of the released files, to be downloaded when loaded.
+    """Where weights are: in a file or folder, or on the Hub, from where they are downloaded when they are loaded.
 
-    The flag is the one that takes another file, for errors to name.
+    Args:
+        path: a file; transformer/ of a saved pipeline; state/ of a checkpoint; None for a file on the Hub.
+        name: what messages call it.
+        door: the flag or function that takes weights, for messages to name.
+        client: settings of the Hub's client, such as revision.
     """
 
     path: Path | None
-    hub_file: str | None = None
-    flag: str = "--model_path"
+    name: str
+    door: str = "--model_path"
+    client: Mapping[str, Any] = field(default_factory=dict)
 
     def fetch(self) -> Path:
-        """The file, downloaded once if it is on the Hub.
+        """The file or folder, downloaded once if it is on the Hub.
 
         Raises:
-            ValueError: if the Hub cannot be reached and the file was not downloaded before.
+            ValueError: if the Hub cannot be reached and it was not downloaded before.
         """
-        return self.path or _download(HUB_REPOSITORY, self.hub_file or "", self.flag)
+        return self.path or download(self)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the file, or that of the hashes of all files in the folder. Raises ValueError as `fetch`."""
+        path = self.fetch()
+        if path.is_file():
+            return sha256(path)
+        return hashlib.sha256("".join(map(sha256, sorted(path.iterdir()))).encode()).hexdigest()
 
     def __str__(self) -> str:
-        return str(self.path or f"{HUB_REPOSITORY}/{self.hub_file}")
+        return self.name
+
+
+Found = tuple[Source, CheckpointConfig | None]
 
 
 def find_checkpoint(
     model: str | None = None,
     path: str | Path | None = None,
     image_size: int | None = None,
-    flag: str = Source.flag,
+    door: str = Source.door,
+    **client: Any,
 ) -> tuple[Source, CheckpointConfig]:
     """Where the weights are and what they are, without loading them.
 
     Args:
-        model: a name of the zoo; needed where a file says nothing of itself.
-        path: a .safetensors or .pt file, or a Hub file "owner/repository/file"; without it the model's bundled or
-            released weights are meant.
-        image_size: side of the images, in pixels; by default the checkpoint's own.
-        flag: with which a user names the path.
+        model: a name of the zoo; required for a file without metadata, unless it is called diffit_256 or diffit_512.
+        path: any of `KINDS`; the model's bundled or released weights by default.
+        image_size: side of the images in pixels, by default the checkpoint's own; 256 or 512 for the released weights.
+        door: the flag or function that takes the path, for messages to name.
+        client: settings of the Hub's client, such as revision; of no effect on what is on this machine.
 
     Raises:
-        ValueError: in one sentence, if anything does not exist or does not fit together.
+        ValueError: in one sentence, if anything does not exist, is damaged, or does not fit together.
     """
     if model is not None:
         model_config(model)  # refuses an unknown name
-    if path is None:
-        source, config = _named(model or "Diffit-Fashion", image_size, flag)
-    else:
-        source = _given(str(path), flag)
-        found = read_metadata(source.path)
-        if found is None and model is None:
-            named = f"name it with --model, one of {', '.join(ZOO)}"
-            hint = named if source.flag == Source.flag else f"{source.flag} takes files that do, as those of train.py"
-            raise ValueError(f"{source} does not say which model it holds: {hint}")
-        config = found or default_config(model or "", image_size)
+    request = Source(None, str(path) if path is not None else model or next(iter(BUNDLED)), door, client)
+    kinds = KINDS.values() if path is not None else (_named,)
+    found = next((found for find in kinds if (found := find(request, image_size))), None)
+    if found is None:
+        raise ValueError(_not_found(request))
+    source, config = found
+    if config is None:  # all that a known name brings
+        size = re.search(r"diffit_(256|512)", Path(source.name).name)
+        model = model or ("Diffit" if size else None)
+        if model is None:
+            raise ValueError(
+                f"{source} does not say which model it holds: name it with --model, one of {', '.join(ZOO)}"
+            )
+        config = default_config(model, image_size or (int(size[1]) if size and model == "Diffit" else None))
+        if model in BUNDLED:
+            config = replace(read_metadata(BUNDLED[model]) or config, made_by="")
     if model is not None and config.model != model:
         raise ValueError(f"{source} holds {config.model}, not {model}: drop --model, or give another file")
     if image_size is not None and config.image_size != image_size:
@@ -84,66 +114,113 @@ def find_checkpoint(
     return source, config
 
 
-def _named(model: str, image_size: int | None, flag: str) -> tuple[Source, CheckpointConfig]:
-    if model in BUNDLED:
-        source = Source(BUNDLED[model])
-        config = read_metadata(source.path)
-        if config is None:
-            raise ValueError(f"{source} is missing or damaged: install diffit again")
-        return source, config
-    if model != "Diffit":
-        raise ValueError(f"no weights were released for {model}: give yours with {flag}")
-    if image_size not in (None, *RELEASED):
-        raise ValueError(f"no weights were released for {image_size}x{image_size}: choose 256 or 512")
-    size = image_size or 256
-    return Source(None, RELEASED[size][0], flag), default_config(model, size)
+def _named(request: Source, image_size: int | None) -> Found | None:
+    if request.name in BUNDLED:
+        return replace(request, path=BUNDLED[request.name]), read_metadata(BUNDLED[request.name])
+    released = re.fullmatch(rf"Diffit|{HUB_REPOSITORY}(?:/diffit_(\d+)\.safetensors)?", request.name)
+    if released is None:
+        return None
+    size = int(released[1] or image_size or 256)
+    if size not in RELEASED:
+        raise ValueError(f"no weights were released for {size}x{size}: choose 256 or 512")
+    return replace(request, name=f"{HUB_REPOSITORY}/{RELEASED[size][0]}"), default_config("Diffit", size)
 
 
-def _given(path: str, flag: str) -> Source:
-    file = Path(path).expanduser()
-    if file.is_file():
-        return Source(file, flag=flag)
-    if path.count("/") == 2 and not file.parent.is_dir() and file.suffix == ".safetensors" and not file.is_absolute():
-        owner, repository, name = path.split("/")
-        return Source(_download(f"{owner}/{repository}", name, flag))
-    hint = "it is a folder; name the file in it" if file.is_dir() else "check the path"
-    raise ValueError(f"there is no checkpoint file {path}: {hint}, or leave {flag} out")
+def _file(request: Source, image_size: int | None) -> Found | None:
+    path = Path(request.name).expanduser()
+    if not path.is_file():
+        return None
+    beside = path.with_name(EMA_FILE)
+    described = beside if path.name == STATE_FILE and beside.is_file() else path
+    return replace(request, path=path), read_metadata(described)
 
 
-def find_named(
-    path_or_name: str | Path, image_size: int | None = None, flag: str = Source.flag
-) -> tuple[Source, CheckpointConfig]:
-    """What `load_model` would load, without loading it.
+def _run(request: Source, image_size: int | None) -> Found | None:
+    path = Path(request.name).expanduser()
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if not folder.is_dir():
+        return None
+    newest_first = reversed(complete_checkpoints(folder))
+    whole = next((each for each in newest_first if integrity_error(each, only=EMA_FILE) is None), None)
+    if whole is None:
+        raise ValueError(f"{path} holds no whole checkpoint: train until its first one, or name a file")
+    return _checkpoint(replace(request, name=str(whole)), image_size)
 
-    Args:
-        path_or_name: see `load_model`, as for image_size.
-        flag: with which a user names it.
 
-    Raises:
-        ValueError: in one sentence, if it cannot be found, or says nothing of itself.
-    """
-    name = str(path_or_name)
-    if name == HUB_REPOSITORY:
-        name = "Diffit"
-    if name.startswith(f"{HUB_REPOSITORY}/"):
-        size = next((size for size, (file, _) in RELEASED.items() if name.endswith(file)), None)
-        return find_checkpoint("Diffit", image_size=size or image_size, flag=flag)
+def _checkpoint(request: Source, image_size: int | None) -> Found | None:
+    path = Path(request.name).expanduser()
+    shards = path.name == STATE_FOLDER and path.is_dir()
+    weights = (path.parent if shards else path) / EMA_FILE
+    if not weights.is_file():
+        return None
+    taken = path if shards else weights
+    return replace(request, path=taken, name=str(taken)), read_metadata(weights)
+
+
+def _pipeline(request: Source, image_size: int | None) -> Found | None:
+    folder = Path(request.name).expanduser()
+    if not (folder / PIPELINE_FILE).is_file():
+        return None
+    files = (folder / PIPELINE_FILE, folder / "transformer" / "config.json")
+    try:
+        index, network = (json.loads(file.read_text()) for file in files)
+        network = {name: value for name, value in network.items() if not name.startswith("_")}
+        config = CheckpointConfig.from_json(json.dumps(index["checkpoint"] | {"network": network}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cannot load the pipeline in {folder} ({first_line(error)}): check that it was written by "
+            "DiffiTPipeline.save_pretrained, and copy or download it again"
+        ) from error
+    if (folder / "vae").is_dir():
+        config = replace(config, codec=replace(config.codec, vae=str(folder / "vae")))
+    return replace(request, path=folder / "transformer"), config
+
+
+def _on_hub(request: Source, image_size: int | None) -> Found | None:
+    owner, *rest = request.name.split("/")
+    is_file = request.name.endswith(_FILE_SUFFIXES)
+    depth_fits = len(rest) >= 2 if is_file else len(rest) == 1 and rest[0]
+    if not depth_fits or not re.fullmatch(r"\w[\w.-]*", owner) or Path(owner).is_dir():
+        return None
+    path = download(request)
+    found = (_file if is_file else _pipeline)(replace(request, name=str(path)), image_size)
+    if found is None:
+        raise ValueError(f"{request} on the Hub is no pipeline of diffit: it has no {PIPELINE_FILE}")
+    return replace(found[0], name=request.name), found[1]
+
+
+# What every door takes, in the order in which it is looked for: words for messages -> what finds it.
+KINDS: dict[str, Callable[[Source, int | None], Found | None]] = {
+    f"a name ({', '.join(BUNDLED)}: bundled; Diffit or {HUB_REPOSITORY}: the released weights)": _named,
+    "a .safetensors or .pt file": _file,
+    "a run's folder": _run,
+    f"one of its checkpoints ({STATE_FILE} or {STATE_FOLDER}/ in it: the weights without EMA)": _checkpoint,
+    "a folder that save_pretrained wrote": _pipeline,
+    "a pipeline's id or a file owner/repository/name.safetensors on the Hub": _on_hub,
+}
+
+
+def _not_found(request: Source) -> str:
+    """Why nothing was found, in one sentence."""
+    name, path = request.name, Path(request.name).expanduser()
     if name in ZOO:
-        return find_checkpoint(name, image_size=image_size, flag=flag)
-    size_in_name = re.search(r"diffit_(256|512)", Path(name).name)
-    unnamed = read_metadata(Path(name)) is None
-    model = "Diffit" if unnamed and size_in_name else None
-    size = int(size_in_name[1]) if model and size_in_name else image_size
-    return find_checkpoint(model, name, size, flag)
+        return f"no weights were released for {name}: give yours with {request.door}"
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in _FILE_SUFFIXES)
+        hint = f"name a file in it, such as {files[0]}" if files else "it has no weights"
+        return f"{path} is neither a run nor a checkpoint nor a saved pipeline: {hint}"
+    what = "checkpoint file" if name.endswith(_FILE_SUFFIXES) else "checkpoint"
+    return f"there is no {what} {name}: {request.door} takes {'; '.join(KINDS)}"
 
 
-def read_metadata(path: Path | None) -> CheckpointConfig | None:
+def read_metadata(path: Path) -> CheckpointConfig | None:
     """The config in a file's metadata; None if it is not safetensors or carries none.
 
     Raises:
-        ValueError: if the file is damaged, or of another version.
+        ValueError: if the file is missing, empty, damaged or of another version.
     """
-    if path is None or path.suffix != ".safetensors" or not path.is_file():
+    check_content(path)
+    if path.suffix != ".safetensors":
         return None
     try:
         with safe_open(path, framework="np") as file:
@@ -158,17 +235,36 @@ def read_metadata(path: Path | None) -> CheckpointConfig | None:
         raise ValueError(f"{path} was written by another version of diffit ({error}): update diffit") from error
 
 
-def _download(repository: str, name: str, flag: str) -> Path:
+def check_content(path: Path) -> None:
+    """Refuse, by ValueError, a file that cannot be read, is empty, or is a pointer in place of the weights."""
     try:
-        with quiet_hub(f"{repository}/{name}"):
-            return Path(hf_hub_download(repository, name))
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"cannot reach the Hub for {repository}/{name}: check the network, or download the file elsewhere and "
-            f"name it with {flag}"
-        ) from error
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"the Hub did not give {repository}/{name} ({str(error).strip().splitlines()[0]}): check the name, or "
-            f"download the file elsewhere and name it with {flag}"
-        ) from error
+        with open(path, "rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check the file") from error
+    if not start:
+        raise ValueError(f"{path} is damaged or incomplete (it is empty): copy or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-LFS pointer, not the weights: run git lfs pull, or download the file")
+
+
+def download(source: Source) -> Path:
+    """A file of the Hub, or the folder of a pipeline without any code in it, downloaded once.
+
+    Raises:
+        ValueError: in one sentence, if it is not there, or out of reach and it was not downloaded before.
+    """
+    owner, repository, *file = source.name.split("/", 2)
+    repo_id = f"{owner}/{repository}"
+    try:
+        with quiet_hub(source.name):
+            if file:
+                return Path(hf_hub_download(repo_id, file[0], **source.client))
+            return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **source.client))
+    except Exception as error:  # the client's own, or those of requests or httpx, by its version
+        if isinstance(error, LocalEntryNotFoundError):
+            failed = f"cannot reach the Hub for {source}"
+            check = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
+        else:
+            failed, check = f"the Hub did not give {source} ({first_line(error)})", "check the name"
+        raise ValueError(f"{failed}: {check}, or download it elsewhere and name the copy with {source.door}") from error

@@ -3,64 +3,135 @@
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from diffit.checkpoint.config import METADATA_KEY, CheckpointConfig
-from diffit.checkpoint.resolve import find_named
+from diffit.checkpoint.folder import STATE_FOLDER
+from diffit.checkpoint.resolve import check_content, find_checkpoint
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_index
-from diffit.system.files import write_atomically
+from diffit.system.files import first_line, write_atomically
+
+# Where training scripts put the weights, and averaged ones before others.
+_NESTED = ("ema", "model_ema", "model", "model_state_dict", "state_dict")
+
+
+def load_model(
+    path_or_name: str | Path, image_size: int | None = None, model: str | None = None
+) -> tuple[nn.Module, CheckpointConfig]:
+    """A network with its weights, in eval mode, and what its checkpoint says about it.
+
+    Args:
+        path_or_name: a bundled name ("Diffit-Fashion"), "Diffit" or "nvidia/DiffiT" for the released weights; a
+            .safetensors or .pt file; a run's folder, whose newest whole checkpoint is taken; a checkpoint's folder; a
+            saved pipeline; or, on the Hub, "owner/repository" of a pipeline or "owner/repository/file.safetensors".
+            It is looked for in this order.
+        image_size: 256 (default) or 512, for the released weights.
+        model: a name of the zoo, for a file that does not say which model it holds.
+
+    Raises:
+        ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
+    """
+    source, config = find_checkpoint(model, path_or_name, image_size)
+    return load_weights(source.fetch(), config), config
 
 
 def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
-    """The network of a config with the weights of a file, float32, in eval mode.
+    """The network of a config with the weights of a file or folder (see `Source.path`), float32, in eval mode.
 
     Raises:
-        ValueError: in one sentence, if the file is damaged or its tensors are not those of the network.
+        ValueError: in one sentence, if the file is damaged, or its tensors are not those of the network.
     """
-    state = _read(path)
     with torch.device("meta"):
         model = build_model(config.network)
+    expected = model.state_dict()
+    state = _without_prefix(_read_folder(path, expected) if path.is_dir() else _read_file(path), expected)
     index = {name: state.pop(name) for name in list(state) if name.endswith("relative_position_index")}
-    _check_fit(path, state, model.state_dict(), config)
+    _check_fit(path, state, expected, config)
     network = config.network
     window = network.input_size // network.patch_size if isinstance(network, DiffiTConfig) else network.window_size
     # The released files carry the Swin index in every block. It is derived data: it must agree, and is not kept.
-    expected = relative_position_index(window)
+    right = relative_position_index(window)
     for name, value in index.items():
-        if not torch.equal(value, expected):
+        if not torch.equal(value, right):
             raise ValueError(f"{path} orders its relative positions differently ({name}): it is not a DiffiT file")
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    for name, value in state.items():
+        state[name] = value.detach().float()
+        if not value.is_floating_point() or not state[name].isfinite().all():
+            wrong = "not finite everywhere" if value.is_floating_point() else f"{value.dtype}, no floating point"
+            raise ValueError(f"{path} holds weights that cannot be used ({name} is {wrong}): give another file")
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file, or of a .pt file that holds nothing but tensors."""
+def _read_folder(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a saved pipeline's transformer/, or of the shards that training wrote to state/."""
+    if path.name != STATE_FOLDER:
+        files = sorted(path.glob("*.safetensors"))
+        files = [file for file in files if "." not in file.stem] or files  # a variant, as fp16, only where it is alone
+        if not files:
+            raise ValueError(f"{path} holds no .safetensors files: save the pipeline again, or download it again")
+        return {name: value for file in files for name, value in _read_file(file).items()}
+    import torch.distributed.checkpoint as dcp  # takes a second that others do not pay
+
+    state = {name: torch.empty_like(value, device="cpu") for name, value in expected.items()}
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a plain file of weights (loading it could run code, so it is refused): "
-            "save its state dict with torch.save, or as safetensors"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or incomplete: copy or download it again") from error
-    for key in ("ema", "model", "state_dict"):  # where training scripts commonly put the weights
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: save the model's state_dict() there")
+        with warnings.catch_warnings():  # that there is only one rank, which is meant
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load({"model": state}, checkpoint_id=path)  # in place
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise ValueError(f"the shards in {path} are damaged or incomplete ({first_line(error)})") from error
     return state
 
 
-def _check_fit(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor], config: CheckpointConfig) -> None:
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, or of any other that torch.save wrote without code in it."""
+    check_content(path)
+    try:
+        tree: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError(
+            f"{path} is not a plain file of weights (loading {code[1] if code else 'it'} could run code, so it is "
+            "refused): save its state dict with torch.save, or as safetensors"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or incomplete: copy or download it again") from error
+    while not _is_state(tree):
+        keys = list(tree) if isinstance(tree, Mapping) else [type(tree).__name__]
+        nested = next((key for key in _NESTED if key in keys and isinstance(tree[key], Mapping)), None)
+        if nested is None:
+            raise ValueError(
+                f"{path} holds no weights under {', '.join(_NESTED)}, but {', '.join(map(str, keys[:10])) or 'nothing'}"
+                ": save the network's state_dict() there"
+            )
+        tree = tree[nested]
+    return dict(tree)
+
+
+def _is_state(tree: Any) -> bool:
+    named = isinstance(tree, Mapping) and bool(tree)
+    return named and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tree.items())
+
+
+def _without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what wrappers put before all of them: module. of DDP, _orig_mod. of torch.compile, or any other."""
+    shared = [cut for cut in range(len(min(state, key=len))) if len({name[:cut] for name in state}) == 1]
+    cut = max(shared, key=lambda cut: sum(name[cut:] in expected for name in state))
+    return {name[cut:]: value for name, value in state.items()}
+
+
+def _check_fit(
+    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: CheckpointConfig
+) -> None:
     if isinstance(config.network, DiffiTConfig) and "pos_embed" in found:
         side = round(found["pos_embed"].shape[1] ** 0.5) * config.network.patch_size
         size = side * config.codec.factor
@@ -79,21 +150,6 @@ def _check_fit(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ValueError(f"{path} does not hold a {config.model}: {wrong[0]}{more}; check --model and --image_size")
-
-
-def load_model(path_or_name: str | Path, image_size: int | None = None) -> tuple[nn.Module, CheckpointConfig]:
-    """A network with its weights, in eval mode, and what its checkpoint says about it.
-
-    Args:
-        path_or_name: a bundled name ("Diffit-Fashion"), "Diffit" or "nvidia/DiffiT" for the released weights, a
-            .safetensors file that says what it holds, or a Hub file "owner/repository/file.safetensors".
-        image_size: 256 (default) or 512, for the released weights.
-
-    Raises:
-        ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
-    """
-    source, config = find_named(path_or_name, image_size)
-    return load_weights(source.fetch(), config), config
 
 
 def save_checkpoint(path: Path, state: dict[str, Tensor], config: CheckpointConfig) -> None:

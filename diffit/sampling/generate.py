@@ -35,7 +35,7 @@ from diffit.sampling.labels import class_names, resolve_labels
 from diffit.system import distributed
 from diffit.system.device import autocast, resolve_device, set_matmul_precision
 from diffit.system.distributed import World
-from diffit.system.files import as_tree, exclusive, sha256
+from diffit.system.files import as_tree, exclusive
 
 # Settings that do not change a sample; a resumed run may change them.
 _FREE = ("log_dir", "batch_size", "save_png", "overwrite", "dry_run", "model_path")
@@ -75,7 +75,7 @@ def _generate(task: SampleTask, device: torch.device, world: World, held: contex
 
     # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
     settings = {key: value for key, value in as_tree(config).items() if key not in _FREE}
-    settings["weights_sha256"] = distributed.on_main(world, lambda: sha256(task.source.fetch()))
+    settings["weights_sha256"] = distributed.on_main(world, task.source.sha256)
     settings |= {"vae": model_config.codec.vae, "device": device.type, "precision": resolve_precision(config, device)}
     folder = SampleFolder(Path(config.log_dir or f"logs/{model_config.model}"), config.num_samples)
     distributed.on_main(world, lambda: held.enter_context(exclusive(folder.path)))

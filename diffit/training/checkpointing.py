@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from torch import nn
 from torch.distributed.checkpoint import state_dict as state_dicts
 
 from diffit.checkpoint.config import CheckpointConfig
@@ -210,37 +208,6 @@ def newest_intact(folder: Path) -> Path | None:
         found.rename(aside)
         print(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
     return None
-
-
-def load_trained(path: Path) -> tuple[nn.Module, CheckpointConfig]:
-    """The network of a run or of a checkpoint in eval mode, and its config.
-
-    path: a run's folder, whose newest whole checkpoint is meant; one of its checkpoints, whose first EMA is meant; or
-    state.pt or the folder state/ in a checkpoint, the weights without averaging, which FSDP wrote in shards.
-
-    Raises:
-        ValueError: in one sentence, if there is no checkpoint or its files are damaged.
-    """
-    if (path / "checkpoints").is_dir():
-        whole = (f for f in reversed(complete_checkpoints(path / "checkpoints")) if integrity_error(f) is None)
-        found = next(whole, None)
-        if found is None:
-            raise ValueError(f"{path} holds no whole checkpoint: train until its first --save_every, or name a file")
-        path = found
-    raw = path.name in (STATE_FILE, STATE_FOLDER)
-    weights = (path.parent if raw else path) / EMA_FILE
-    if not weights.is_file():
-        raise ValueError(f"{path} is neither a run nor a checkpoint ({weights} is missing): name a run's folder")
-    _, config = find_checkpoint(path=weights)
-    model = load_weights(path if path.name == STATE_FILE else weights, config)
-    if path.name == STATE_FOLDER:
-        try:
-            with warnings.catch_warnings():  # that there is only one rank, which is meant
-                warnings.simplefilter("ignore", UserWarning)
-                dcp.load({"model": model.state_dict()}, checkpoint_id=path)  # in place
-        except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-            raise ValueError(f"the shards in {path} are damaged or incomplete ({first_line(error)})") from error
-    return model, config
 
 
 def _begin(part: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.resolve import Source, find_named
+from diffit.checkpoint.resolve import Source, find_checkpoint
 from diffit.config import CodecConfig, Device, Precision
 from diffit.data.config import DataConfig
 from diffit.diffusion.config import ProcessSettings
@@ -154,5 +154,5 @@ class TrainTask:
 
 
 def find_start(config: TrainConfig) -> tuple[Source, CheckpointConfig]:
-    """The weights that --init_from names, and what they say of themselves; see `find_named`."""
-    return find_named(config.init_from or "", flag="--init_from")
+    """The weights that --init_from names, and what they are; see `find_checkpoint`."""
+    return find_checkpoint(path=config.init_from, door="--init_from")

@@ -65,7 +65,10 @@ def test_a_file_overrides_what_follows_from_the_model(tmp_path):
         ("--network.deepness 3", "unknown network setting 'deepness' for Diffit"),
         ("--model ImageDiffit-Tiny --network.channels 3", "--network.channels must be one or more whole numbers"),
         ("--init_from Diffit-S", "no weights were released for Diffit-S: give yours with --init_from"),
-        ("--init_from nowhere.safetensors", "there is no checkpoint file nowhere.safetensors: check the path"),
+        (
+            "--init_from nowhere.safetensors",
+            "there is no checkpoint file nowhere.safetensors: --init_from takes",
+        ),
         ("--init_from Diffit-Fashion", "holds another network, of patch_size 1 instead of 2"),
         ("--init_from Diffit-Fashion --model ImageDiffit-Tiny", "holds Diffit-Fashion, a network of latents"),
         ("--init_from Diffit --model ImageDiffit-Tiny", "nvidia/DiffiT/diffit_256.safetensors holds Diffit, a network"),
@@ -81,9 +84,9 @@ def test_a_start_from_a_file_is_checked(tmp_path, capsys):
     latents, pixels = save_small_checkpoint(tmp_path, "vae"), save_small_image_checkpoint(tmp_path)
     assert "Diffit-S, a network of latents" in refusal(f"--model ImageDiffit-Tiny --init_from {latents}", capsys)
     assert "a network of pixels" in refusal(f"--model Diffit-S --init_from {pixels}", capsys)
-    (tmp_path / "nameless.pt").write_bytes(b"")
+    (tmp_path / "nameless.pt").write_bytes(b"something")
     error = refusal(f"--init_from {tmp_path / 'nameless.pt'}", capsys)
-    assert "does not say which model it holds: --init_from takes files that do" in error
+    assert "does not say which model it holds: name it with --model" in error
 
 
 def test_names_and_released_weights_are_a_start():

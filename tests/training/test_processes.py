@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from diffit import load_model
-from diffit.training.checkpointing import load_trained
 from tests.conftest import ROOT
 from tests.training.runs import TWO, log_of, run
 
@@ -64,11 +63,11 @@ def test_fsdp_resumes_bit_for_bit(folder):
 
 def test_shards_are_read_without_the_ranks_that_wrote_them(folder):
     """The weights without EMA: FSDP's in shards, DDP's in state.pt, after the same training."""
-    sharded, config = load_trained(folder / "fsdp" / "checkpoints" / "00000006" / "state")
-    whole, _ = load_trained(folder / "ddp" / "checkpoints" / "00000006" / "state.pt")
+    sharded, config = load_model(folder / "fsdp" / "checkpoints" / "00000006" / "state")
+    whole, _ = load_model(folder / "ddp" / "checkpoints" / "00000006" / "state.pt")
     for (name, ours), theirs in zip(sharded.state_dict().items(), whole.state_dict().values(), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
-    averaged, same_config = load_trained(folder / "fsdp")
+    averaged, same_config = load_model(folder / "fsdp")
     assert same_config == config
     assert any(not torch.equal(averaged.state_dict()[name], value) for name, value in sharded.state_dict().items())
     np.testing.assert_array_equal(
@@ -80,7 +79,7 @@ def test_shards_that_are_missing_are_named(folder, tmp_path):
     checkpoint = shutil.copytree(folder / "fsdp" / "checkpoints" / "00000006", tmp_path / "00000006")
     next((checkpoint / "state").glob("*.distcp")).unlink()
     with pytest.raises(ValueError, match=r"the shards in .*state are damaged or incomplete"):
-        load_trained(checkpoint / "state")
+        load_model(checkpoint / "state")
 
 
 def test_the_kinds_of_parallelism_are_not_mixed(seen):
