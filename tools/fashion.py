@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm, trange
 
-from diffit.checkpoint.resolve import BUNDLED, find_checkpoint
-from diffit.checkpoint.weights import load_weights, save_checkpoint
+from diffit.checkpoint.resolve import BUNDLED
+from diffit.checkpoint.weights import load_model, save_checkpoint
 from diffit.data.datasets import fashion_mnist
 from diffit.evaluation.fashion import CLASSIFIER, FEATURES, REFERENCE, FashionClassifier
 from diffit.evaluation.features import create_backend
@@ -118,8 +118,8 @@ def make_vae(args: argparse.Namespace) -> None:
 
 
 def make_bundle(args: argparse.Namespace) -> None:
-    _, config = find_checkpoint(path=args.checkpoint)
-    save_checkpoint(BUNDLED[config.model], load_weights(args.checkpoint, config).half().state_dict(), config)
+    model, config = load_model(args.checkpoint)
+    save_checkpoint(BUNDLED[config.model], model.half().state_dict(), config)
     print(BUNDLED[config.model], BUNDLED[config.model].stat().st_size)
 
 

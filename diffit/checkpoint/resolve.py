@@ -1,7 +1,8 @@
-"""Which weights a word means, and what they are, without loading them: `KINDS` is the whole grammar, in its order.
+"""Which weights a word means, and what they are, without loading them.
 
-A name with weights comes first, then what is on the disk, then the Hub: a folder that is called Diffit-Fashion is meant
-by ./Diffit-Fashion, and a.b/c is looked for on the Hub only where there is no folder a.b.
+`KINDS` lists what every door takes. A name with weights comes first, then what is on the disk, then the Hub: a folder
+called Diffit-Fashion is meant by ./Diffit-Fashion, and owner/name is looked for on the Hub only where there is no
+folder owner.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ from diffit.system.files import first_line, quiet_hub, sha256
 BUNDLED = {"Diffit-Fashion": Path(__file__).parents[1] / "bundled" / "diffit_fashion.safetensors"}
 HUB_REPOSITORY = "nvidia/DiffiT"
 PIPELINE_FILE = "model_index.json"
+KINDS = (
+    f"a name ({', '.join(BUNDLED)}: bundled; Diffit or {HUB_REPOSITORY}: the released weights)",
+    "a .safetensors or .pt file",
+    "a run's folder",
+    f"one of its checkpoints ({STATE_FILE} or {STATE_FOLDER}/ in it: the weights without EMA)",
+    "a folder that save_pretrained wrote",
+    "a pipeline's id or a file owner/repository/name.safetensors on the Hub",
+)
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -58,13 +67,10 @@ class Source:
         path = self.fetch()
         if path.is_file():
             return sha256(path)
-        return hashlib.sha256("".join(map(sha256, sorted(path.iterdir()))).encode()).hexdigest()
+        return hashlib.sha256("".join(map(sha256, sorted(path.glob("*.*")))).encode()).hexdigest()
 
     def __str__(self) -> str:
         return self.name
-
-
-Found = tuple[Source, CheckpointConfig | None]
 
 
 def find_checkpoint(
@@ -78,7 +84,7 @@ def find_checkpoint(
 
     Args:
         model: a name of the zoo; required for a file without metadata, unless it is called diffit_256 or diffit_512.
-        path: any of `KINDS`; the model's bundled or released weights by default.
+        path: one of `KINDS`; the model's bundled or released weights by default.
         image_size: side of the images in pixels, by default the checkpoint's own; 256 or 512 for the released weights.
         door: the flag or function that takes the path, for messages to name.
         client: settings of the Hub's client, such as revision; of no effect on what is on this machine.
@@ -88,22 +94,28 @@ def find_checkpoint(
     """
     if model is not None:
         model_config(model)  # refuses an unknown name
-    request = Source(None, str(path) if path is not None else model or next(iter(BUNDLED)), door, client)
-    kinds = KINDS.values() if path is not None else (_named,)
-    found = next((found for find in kinds if (found := find(request, image_size))), None)
-    if found is None:
-        raise ValueError(_not_found(request))
-    source, config = found
-    if config is None:  # all that a known name brings
-        size = re.search(r"diffit_(256|512)", Path(source.name).name)
-        model = model or ("Diffit" if size else None)
-        if model is None:
-            raise ValueError(
-                f"{source} does not say which model it holds: name it with --model, one of {', '.join(ZOO)}"
-            )
-        config = default_config(model, image_size or (int(size[1]) if size and model == "Diffit" else None))
-        if model in BUNDLED:
-            config = replace(read_metadata(BUNDLED[model]) or config, made_by="")
+    word = str(path) if path is not None else model or next(iter(BUNDLED))
+    source, config, local = Source(None, word, door, client), None, Path(word).expanduser()
+    released = re.fullmatch(rf"Diffit|{HUB_REPOSITORY}(?:/diffit_(\d+)\.safetensors)?", word)
+    if word in BUNDLED:
+        source, config = replace(source, path=BUNDLED[word]), read_metadata(BUNDLED[word])
+    elif released:
+        size = int(released[1] or image_size or 256)
+        if size not in RELEASED:
+            raise ValueError(f"no weights were released for {size}x{size}: choose 256 or 512")
+        source, config = replace(source, name=f"{HUB_REPOSITORY}/{RELEASED[size][0]}"), default_config("Diffit", size)
+    elif path is not None and local.exists():
+        taken, config = _on_disk(local)
+        source = replace(source, path=taken, name=str(taken))
+    elif path is not None and _may_be_on_hub(word):
+        taken, config = _on_disk(download(source))
+        source = replace(source, path=taken)
+    elif word in ZOO:
+        raise ValueError(f"no weights were released for {word}: give yours with {door}")
+    else:
+        what = "checkpoint file" if word.endswith(_FILE_SUFFIXES) else "checkpoint"
+        raise ValueError(f"there is no {what} {word}: {door} takes {'; '.join(KINDS)}")
+    config = config or _by_name(source, model, image_size)
     if model is not None and config.model != model:
         raise ValueError(f"{source} holds {config.model}, not {model}: drop --model, or give another file")
     if image_size is not None and config.image_size != image_size:
@@ -114,53 +126,30 @@ def find_checkpoint(
     return source, config
 
 
-def _named(request: Source, image_size: int | None) -> Found | None:
-    if request.name in BUNDLED:
-        return replace(request, path=BUNDLED[request.name]), read_metadata(BUNDLED[request.name])
-    released = re.fullmatch(rf"Diffit|{HUB_REPOSITORY}(?:/diffit_(\d+)\.safetensors)?", request.name)
-    if released is None:
-        return None
-    size = int(released[1] or image_size or 256)
-    if size not in RELEASED:
-        raise ValueError(f"no weights were released for {size}x{size}: choose 256 or 512")
-    return replace(request, name=f"{HUB_REPOSITORY}/{RELEASED[size][0]}"), default_config("Diffit", size)
+def _on_disk(path: Path) -> tuple[Path, CheckpointConfig | None]:
+    """The file or folder that holds the weights of what exists, and its config if it has one."""
+    if (path / PIPELINE_FILE).is_file():
+        return path / "transformer", _pipeline_config(path)
+    checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
+    if checkpoints.is_dir():  # a run
+        newest_first = reversed(complete_checkpoints(checkpoints))
+        whole = next((each for each in newest_first if integrity_error(each, only=EMA_FILE) is None), None)
+        if whole is None:
+            raise ValueError(f"{path} holds no whole checkpoint: train until its first one, or name a file")
+        path = whole
+    if (path / EMA_FILE).is_file():
+        path = path / EMA_FILE
+    averaged = path.with_name(EMA_FILE)
+    if path.name in (STATE_FILE, STATE_FOLDER) and averaged.is_file():
+        return path, read_metadata(averaged)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in _FILE_SUFFIXES)
+        hint = f"name a file in it, such as {files[0]}" if files else "it has no weights"
+        raise ValueError(f"{path} is neither a run nor a checkpoint nor a saved pipeline: {hint}")
+    return path, read_metadata(path)
 
 
-def _file(request: Source, image_size: int | None) -> Found | None:
-    path = Path(request.name).expanduser()
-    if not path.is_file():
-        return None
-    beside = path.with_name(EMA_FILE)
-    described = beside if path.name == STATE_FILE and beside.is_file() else path
-    return replace(request, path=path), read_metadata(described)
-
-
-def _run(request: Source, image_size: int | None) -> Found | None:
-    path = Path(request.name).expanduser()
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    if not folder.is_dir():
-        return None
-    newest_first = reversed(complete_checkpoints(folder))
-    whole = next((each for each in newest_first if integrity_error(each, only=EMA_FILE) is None), None)
-    if whole is None:
-        raise ValueError(f"{path} holds no whole checkpoint: train until its first one, or name a file")
-    return _checkpoint(replace(request, name=str(whole)), image_size)
-
-
-def _checkpoint(request: Source, image_size: int | None) -> Found | None:
-    path = Path(request.name).expanduser()
-    shards = path.name == STATE_FOLDER and path.is_dir()
-    weights = (path.parent if shards else path) / EMA_FILE
-    if not weights.is_file():
-        return None
-    taken = path if shards else weights
-    return replace(request, path=taken, name=str(taken)), read_metadata(weights)
-
-
-def _pipeline(request: Source, image_size: int | None) -> Found | None:
-    folder = Path(request.name).expanduser()
-    if not (folder / PIPELINE_FILE).is_file():
-        return None
+def _pipeline_config(folder: Path) -> CheckpointConfig:
     files = (folder / PIPELINE_FILE, folder / "transformer" / "config.json")
     try:
         index, network = (json.loads(file.read_text()) for file in files)
@@ -173,44 +162,25 @@ def _pipeline(request: Source, image_size: int | None) -> Found | None:
         ) from error
     if (folder / "vae").is_dir():
         config = replace(config, codec=replace(config.codec, vae=str(folder / "vae")))
-    return replace(request, path=folder / "transformer"), config
+    return config
 
 
-def _on_hub(request: Source, image_size: int | None) -> Found | None:
-    owner, *rest = request.name.split("/")
-    is_file = request.name.endswith(_FILE_SUFFIXES)
-    depth_fits = len(rest) >= 2 if is_file else len(rest) == 1 and rest[0]
-    if not depth_fits or not re.fullmatch(r"\w[\w.-]*", owner) or Path(owner).is_dir():
-        return None
-    path = download(request)
-    found = (_file if is_file else _pipeline)(replace(request, name=str(path)), image_size)
-    if found is None:
-        raise ValueError(f"{request} on the Hub is no pipeline of diffit: it has no {PIPELINE_FILE}")
-    return replace(found[0], name=request.name), found[1]
+def _may_be_on_hub(word: str) -> bool:
+    """Whether it is owner/repository, or owner/repository/file, and not in a folder of this machine."""
+    owner, *rest = word.split("/")
+    fits = len(rest) >= 2 if word.endswith(_FILE_SUFFIXES) else len(rest) == 1
+    return fits and bool(re.fullmatch(r"\w[\w.-]*", owner)) and "" not in rest and not Path(owner).is_dir()
 
 
-# What every door takes, in the order in which it is looked for: words for messages -> what finds it.
-KINDS: dict[str, Callable[[Source, int | None], Found | None]] = {
-    f"a name ({', '.join(BUNDLED)}: bundled; Diffit or {HUB_REPOSITORY}: the released weights)": _named,
-    "a .safetensors or .pt file": _file,
-    "a run's folder": _run,
-    f"one of its checkpoints ({STATE_FILE} or {STATE_FOLDER}/ in it: the weights without EMA)": _checkpoint,
-    "a folder that save_pretrained wrote": _pipeline,
-    "a pipeline's id or a file owner/repository/name.safetensors on the Hub": _on_hub,
-}
-
-
-def _not_found(request: Source) -> str:
-    """Why nothing was found, in one sentence."""
-    name, path = request.name, Path(request.name).expanduser()
-    if name in ZOO:
-        return f"no weights were released for {name}: give yours with {request.door}"
-    if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if file.suffix in _FILE_SUFFIXES)
-        hint = f"name a file in it, such as {files[0]}" if files else "it has no weights"
-        return f"{path} is neither a run nor a checkpoint nor a saved pipeline: {hint}"
-    what = "checkpoint file" if name.endswith(_FILE_SUFFIXES) else "checkpoint"
-    return f"there is no {what} {name}: {request.door} takes {'; '.join(KINDS)}"
+def _by_name(source: Source, model: str | None, image_size: int | None) -> CheckpointConfig:
+    """The config of a file without metadata: all that is known of the model that a user, or the file's name, names."""
+    size = re.search(r"diffit_(256|512)", Path(source.name).name)
+    if model is None and not size:
+        raise ValueError(f"{source} does not say which model it holds: name it with --model, one of {', '.join(ZOO)}")
+    if model in BUNDLED:
+        return replace(read_metadata(BUNDLED[model]) or default_config(model), made_by="")
+    named_size = int(size[1]) if size and model in (None, "Diffit") else None
+    return default_config(model or "Diffit", image_size or named_size)
 
 
 def read_metadata(path: Path) -> CheckpointConfig | None:

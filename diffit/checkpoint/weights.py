@@ -64,10 +64,12 @@ def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
         if not torch.equal(value, right):
             raise ValueError(f"{path} orders its relative positions differently ({name}): it is not a DiffiT file")
     for name, value in state.items():
-        state[name] = value.detach().float()
-        if not value.is_floating_point() or not state[name].isfinite().all():
-            wrong = "not finite everywhere" if value.is_floating_point() else f"{value.dtype}, no floating point"
-            raise ValueError(f"{path} holds weights that cannot be used ({name} is {wrong}): give another file")
+        state[name] = value.detach().float() if value.is_floating_point() else torch.tensor(torch.nan)
+        if not state[name].isfinite().all():
+            raise ValueError(
+                f"{path} holds numbers that no network can use ({name} is {value.dtype} and "
+                f"{'not finite everywhere' if value.is_floating_point() else 'no floating point'}): give another file"
+            )
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -97,14 +99,16 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     check_content(path)
     try:
         tree: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:
+        damaged = f"{path} is damaged or incomplete: copy or download it again"
+        foreign = re.search("invalid load key|Unsupported operand", str(error))  # no pickle at all
+        if foreign or not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(damaged) from error
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
             f"{path} is not a plain file of weights (loading {code[1] if code else 'it'} could run code, so it is "
             "refused): save its state dict with torch.save, or as safetensors"
         ) from error
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or incomplete: copy or download it again") from error
     while not _is_state(tree):
         keys = list(tree) if isinstance(tree, Mapping) else [type(tree).__name__]
         nested = next((key for key in _NESTED if key in keys and isinstance(tree[key], Mapping)), None)
