@@ -36,7 +36,7 @@ from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
 from diffit.models.config import model_config
 from diffit.sampling.images import sample_images
-from diffit.sampling.labels import class_names, resolve_labels
+from diffit.sampling.labels import class_names, known_labels, resolve_labels
 from diffit.system.files import as_tree, first_line, write_atomically
 
 _BATCH_SIZE = 16
@@ -146,8 +146,8 @@ class DiffiTPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """The classes: name -> number."""
-        return {name: number for number, name in enumerate(class_names(self._settings))}
+        """The classes: name -> number; ImageNet's synonyms too, and no name that several classes have."""
+        return known_labels(class_names(self._settings))
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Numbers of classes, for their names. Raises ValueError if there is no such class."""

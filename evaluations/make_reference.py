@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from diffit.cli.evaluate import add_backend_flags
 from diffit.evaluation.features import create_backend
-from diffit.evaluation.reference import make_reference, read_images
+from diffit.evaluation.reference import make_reference, open_source
 from diffit.system.device import resolve_device
 
 
@@ -20,7 +20,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, .zip, .npz or torchvision:NAME")
     parser.add_argument("out", type=Path, help="the reference file to write")
-    parser.add_argument("--image_size", type=int, help="centre crop and resize to this side, as ADM does for ImageNet")
+    parser.add_argument(
+        "--image_size", type=int, default=0, help="centre crop and resize to this side, as ADM does for ImageNet"
+    )
     parser.add_argument("--padding", type=int, default=0, help="black pixels to add on every side (default: 0)")
     parser.add_argument("--num_images", type=int, default=10_000, help="images to store (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these images (default: 0)")
@@ -37,13 +39,20 @@ def main(arguments: list[str] | None = None) -> int:
             raise FileNotFoundError(f"the folder {args.out.parent} does not exist: make it first")
         if args.out.suffix != ".npz":
             raise ValueError(f"{args.out} must end in .npz")
-        count, images = read_images(args.source, args.image_size, args.data_root, args.padding)
+        source = open_source(args.source, args.image_size, args.data_root)
         backend = create_backend(args.backend or "torch", args.weights, args.features, resolve_device(args.device))
-        stored = make_reference(count, images, args.out, backend, args.num_images, args.seed, args.batch_size)
+        stored = make_reference(
+            *(source, args.out, backend),
+            num_images=args.num_images,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            padding=args.padding,
+        )
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: moments of {count} images ({backend.name}), {'x'.join(map(str, stored))} of them stored")
+    print(f"{args.out}: moments of {source.count} images ({backend.name}), {'x'.join(map(str, stored))} of them stored")
     return 0
 
 

@@ -17,7 +17,7 @@ from diffit.evaluation import fashion
 from diffit.evaluation.checks import check_images, check_labels, check_pair, class_labels
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
 from diffit.evaluation.features import INCEPTION, create_backend
-from diffit.evaluation.reader import ImageFile
+from diffit.evaluation.reader import ImageSource, open_images
 from diffit.evaluation.scores import Scores, load_reference, score_images, share
 from diffit.evaluation.statistics import SingularCovarianceWarning
 from diffit.system.device import resolve_device
@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
             reference = fashion.bundled_reference(backend)
             test = fashion.score_test_images(file.count, reference, backend, manifold)
         else:
-            reference = load_reference(real.path, backend, manifold, args.batch_size, progress=True)
+            reference = load_reference(real, backend, manifold, args.batch_size, progress=True)
         batches, labels = file.batches(args.batch_size, first, end), None if real else class_labels(file)
         scores = score_images(batches, reference, backend, manifold, end - first, labels)
     adm = {"precision_fp16": scores.precision, "recall_fp16": scores.recall}
@@ -123,7 +123,7 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     return scores
 
 
-def _open(args: argparse.Namespace) -> tuple[ImageFile | None, ImageFile]:
+def _open(args: argparse.Namespace) -> tuple[ImageSource | None, ImageSource]:
     """Reference (by default ADM's for the size of the samples) and samples (by default the newest).
 
     A reference of None means the bundled one, where the user has chosen nothing.
@@ -138,18 +138,18 @@ def _open(args: argparse.Namespace) -> tuple[ImageFile | None, ImageFile]:
                 f"there is no samples_*.npz under {folder.resolve()}: sample first, or name REFERENCE and SAMPLES"
             )
         path = found[-1]
-    file = ImageFile(path)
+    file = open_images(path)
     chosen = args.reference or args.backend or args.weights or args.features
     if not chosen and fashion.drawn_by_fashion_model(file.path):
         return None, file
     if args.reference:
-        return ImageFile(args.reference), file
+        return open_images(args.reference), file
     height, width = file.image_shape[:2]
     if height != width or height not in REFERENCES:
         raise ValueError(
             f"there is no public reference for {height}x{width} images: make one with evaluations/make_reference.py"
         )
-    return ImageFile(cached(REFERENCES[height])), file
+    return open_images(cached(REFERENCES[height])), file
 
 
 def _exact(scores: Scores) -> Scores:
@@ -171,7 +171,7 @@ def _lines(scores: Scores, test: Scores | None) -> list[str]:
     return lines
 
 
-def _inspect(reference: ImageFile | None, samples: ImageFile) -> list[str]:
+def _inspect(reference: ImageSource | None, samples: ImageSource) -> list[str]:
     """Print what the files hold; no reference means the bundled one. Returns warnings, which are printed too."""
     print(f"reference: {reference.path if reference else fashion.REFERENCE}\nsamples: {samples.path}")
     if reference:

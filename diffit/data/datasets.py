@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class UnreadableImagesError(ValueError):
     def __init__(self, images: Sequence[Unreadable]) -> None:
         self.images = images
         super().__init__(
-            f"cannot read {listing(images)}: mend or remove them, or leave them out with --data.skip_unreadable True"
+            f"cannot read {listing(images)}: fix or remove them, or leave them out with --data.skip_unreadable True"
         )
 
     def __reduce__(self) -> tuple[type, tuple[Sequence[Unreadable]]]:
@@ -84,6 +85,12 @@ class ImageArrays:
     labels: NDArray[np.int64]  # [N]
     class_names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                f"the data set's files hold {len(self.images)} images and {len(self.labels)} labels: get them again"
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -93,6 +100,9 @@ class ImageArrays:
     def picture(self, index: int) -> Image.Image:
         pixels = self.images[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def channels(self) -> int:
+        return self.images.shape[-1]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(str(self.images.shape).encode())
@@ -162,9 +172,9 @@ class PixelDataset(Dataset[tuple[Tensor, int]]):
         self.shape = (images.channels, images.size, images.size)  # of x_start
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        image, label = self.images[key.image]
+        image, _ = self.images[key.image]
         x_start = PixelCodec().encode(torch.from_numpy(image)[None])[0]  # [C, S, S]
-        return x_start.flip(-1) if key.flip else x_start, label
+        return x_start.flip(-1) if key.flip else x_start, int(self.labels[key.image])
 
 
 def decode_ahead(
@@ -299,11 +309,14 @@ def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
     """A file in the IDX format of MNIST: zero, zero, type, number of dimensions, big-endian sizes, bytes."""
     for file, opener in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
         if file.exists():
-            with opener(file, "rb") as stream:
-                content = stream.read()
-            dims = content[3]
-            shape = np.frombuffer(content, ">i4", dims, offset=4)
-            return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+            try:
+                with opener(file, "rb") as stream:
+                    content = stream.read()
+                dims = content[3]
+                shape = np.frombuffer(content, ">i4", dims, offset=4)
+                return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+            except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+                raise ValueError(f"{file} is damaged ({first_line(error)}): get it again") from error
     raise FileNotFoundError(
         f"{folder} does not hold Fashion-MNIST: expected {name}.gz there; leave the path out to have it downloaded"
     )

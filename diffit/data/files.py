@@ -1,7 +1,7 @@
 """Pictures in a folder or a ZIP: one subfolder per class, or all in one place and then without classes.
 
-What is there is known from names alone; a picture is opened when it is asked for, and cropped to a square as ADM does,
-which was trained and measured with that crop.
+Training, latents, references and samples to be scored are all read here. The names alone say what is there; a picture
+is decoded when it is asked for, and cropped to a square as ADM does, which was trained and measured with that crop.
 
 Letters: N pictures, S side of the square, C channels (1 grey, 3 RGB).
 """
@@ -9,24 +9,38 @@ Letters: N pictures, S side of the square, C channels (1 grey, 3 RGB).
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
+import re
+import struct
 import sys
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.system.distributed import detect_world
+from diffit.system.files import first_line, printable
+from diffit.system.ranks import detect_world
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+# What people keep pictures in, the same on every machine. Where Pillow has no decoder (for HEIC and JPEG XL anywhere,
+# for AVIF before 11.3) the picture is named as unreadable; else two machines would see two data sets in one folder.
+# Vector graphics, camera raw files, icons and formats of floating-point numbers are not in it.
+_NAMES = "apng avif bmp gif heic heif j2k jfif jp2 jpe jpeg jpf jpg jpx jxl pbm pgm png pnm ppm tga tif tiff webp"
+SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 MODES = {1: "L", 3: "RGB"}  # by number of channels, as Pillow calls them
-_SPLITS = frozenset({"train", "val", "validation", "test"})
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+_TRAIN, _HELD_OUT = frozenset({"train", "training"}), frozenset({"val", "valid", "validation", "test", "testing"})
+_EDM_LABELS = "dataset.json"  # as EDM's dataset_tool writes it
+_MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and would make a table of names that fills the memory
 
 
 @dataclass(frozen=True)
@@ -35,10 +49,12 @@ class ImageFiles:
 
     Args:
         root: the folder or the ZIP.
-        names: of the picture files, relative to root, [N].
+        names: of the picture files, relative to root, sorted, [N].
         labels: int64 [N]; all 0 without classes.
-        class_names: of the subfolders, sorted; empty without classes.
+        class_names: name of each class number; empty without classes.
         ignored: how many other files are there, by suffix.
+        members: int64 [N, 4], where a ZIP holds each picture: offset, compressed size, CRC-32, method; None for a
+            folder. Workers share it, as opening a ZIP of a million files takes each of them a gigabyte and seconds.
     """
 
     root: Path
@@ -46,59 +62,99 @@ class ImageFiles:
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     ignored: Counter[str]
-    _archives: dict[int, zipfile.ZipFile] = field(default_factory=dict, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_archives": {}}  # an open file is of one process
+    members: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __str__(self) -> str:
+        """One line: how many pictures, in which classes, and what was left out."""
+        shown, more = ", ".join(self.class_names[:10]), ", ..." * (len(self.class_names) > 10)
+        classes = f"classes: {len(self.class_names)} ({shown}{more})" if self.class_names else "no classes"
+        left_out = f"; left out: {_counts(self.ignored)}" if self.ignored else ""
+        return printable(f"images in {self.root}: {len(self)}; {classes}{left_out}")
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
 
     def picture(self, index: int) -> Image.Image:
-        """Picture `index`, decoded. Raises whatever the decoder raises if it cannot be."""
-        with self._open(self.names[index]) as file:
-            picture = Image.open(file)
+        """Picture `index`, decoded; the first of an animation. Raises whatever the decoder raises if it cannot be."""
+        with self._open(index) as file:
+            picture = _identify(file)
             picture.load()
         return picture
 
+    def channels(self) -> int:
+        """3 if any picture has colours, by its header alone; else 1."""
+        for index in range(len(self)):
+            try:
+                with self._open(index) as file:
+                    if not is_grey(_identify(file)):
+                        return 3
+            except Exception:  # whoever decodes it names it
+                continue
+        return 1
+
     def stamps(self) -> NDArray[np.uint64]:
         """A number for each picture's file that changes with its name, size or time; in a ZIP with its checksum."""
-        if self.root.is_dir():
-            texts = [f"{name} {_size_and_time(self.root / name)}" for name in self.names]
+        if self.members is None:
+            states: Iterable[object] = (_size_and_time(self.root / name) for name in self.names)
         else:
-            with zipfile.ZipFile(self.root) as archive:
-                texts = [f"{name} {archive.getinfo(name).CRC}" for name in self.names]
-        digests = b"".join(hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
-        return np.frombuffer(digests, np.uint64)
+            states = self.members[:, 2].tolist()
+        texts = (os.fsencode(f"{name} {state}") for name, state in zip(self.names, states, strict=True))
+        return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
 
     def fingerprint(self) -> str:
         """Of the names; the contents are not read."""
         return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
 
-    def _open(self, name: str) -> IO[bytes]:
-        if self.root.is_dir():
-            return open(self.root / name, "rb")
-        process = os.getpid()  # processes that share a handle would move each other's position in the file
-        if process not in self._archives:
-            self._archives[process] = zipfile.ZipFile(self.root)
-        return self._archives[process].open(name)
+    def _open(self, index: int) -> IO[bytes]:
+        if self.members is None:
+            return open(self.root / self.names[index], "rb")
+        return io.BytesIO(_read_member(self.root, *self.members[index].tolist()))
+
+
+def _identify(file: IO[bytes]) -> Image.Image:
+    """The picture in a file, not yet decoded."""
+    try:
+        return Image.open(file)
+    except PIL.UnidentifiedImageError:  # its message names a Python object
+        raise ValueError(f"Pillow {PIL.__version__} cannot decode it: convert it to PNG or JPEG") from None
+
+
+def _read_member(path: Path, offset: int, size: int, crc: int, method: int) -> bytes:
+    """The content of a file in a ZIP, without reading the ZIP's directory.
+
+    Raises:
+        zipfile.BadZipFile, zlib.error: if it is damaged.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        header = file.read(30)
+        if header[:4] != b"PK\3\4":
+            raise zipfile.BadZipFile("its header in the ZIP is damaged")
+        file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)  # behind its name and extra field
+        data = file.read(size)
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompress(data, -zlib.MAX_WBITS)
+    if zlib.crc32(data) != crc:
+        raise zipfile.BadZipFile("its checksum in the ZIP is wrong")
+    return data
 
 
 def _size_and_time(path: Path) -> str:
     try:
-        found = os.stat(path)
-    except OSError:  # a link to nothing: unreadable, which decoding it says
+        status = os.stat(path)
+    except OSError:  # a link to nothing: whoever decodes it names it
         return "missing"
-    return f"{found.st_size} {found.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def image_files(path: str | Path) -> ImageFiles:
     """The pictures of a folder or ZIP, sorted; each subfolder is a class, with all that lies under it.
 
-    A folder that holds nothing but one folder of folders stands for that one; beside val or test, train is taken.
+    A folder that holds nothing but one folder of folders stands for that one; beside val or test, train is taken. Where
+    EDM's dataset_tool wrote a dataset.json, the labels are in it and folders mean nothing. Rank 0 prints what is there.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -106,32 +162,103 @@ def image_files(path: str | Path) -> ImageFiles:
     """
     root = Path(path).expanduser()
     if not root.exists():
-        raise FileNotFoundError(f"there are no images at {root}: check --data.path")
-    entries = sorted(_walk(root) if root.is_dir() else _members(root))
-    top = _top([entry for entry in entries if _suffix(entry) in SUFFIXES])
-    entries = [entry for entry in entries if entry.startswith(top)]
-    files = [entry for entry in entries if not entry.endswith("/")]
-    names = tuple(name for name in files if _suffix(name) in SUFFIXES)
-    ignored = Counter(_suffix(name) for name in files if _suffix(name) not in SUFFIXES)
+        raise FileNotFoundError(f"there are no images at {root}: check the path")
+    archive = None if root.is_dir() else _archive(root)
+    entries = sorted(_walk(root) if archive is None else archive)
+    suffixes = {entry: os.path.splitext(entry)[1].lower() for entry in entries if not entry.endswith("/")}
+    top = _top(root, [entry for entry, suffix in suffixes.items() if suffix in SUFFIXES])
+    parts = top.split("/")  # ends with an empty one
+    edm_labels: dict[str, int] | None = None
+    for prefix in ("/".join([*parts[:depth], ""]) for depth in reversed(range(len(parts)))):
+        if edm_labels is None and f"{prefix}{_EDM_LABELS}" in suffixes:
+            edm_labels = _edm_labels(root, f"{prefix}{_EDM_LABELS}", archive)
+            if edm_labels is not None:
+                top = prefix
+                del suffixes[f"{prefix}{_EDM_LABELS}"]
+    names = tuple(entry for entry, suffix in suffixes.items() if suffix in SUFFIXES and entry.startswith(top))
+    ignored = Counter(s for entry, s in suffixes.items() if s not in SUFFIXES and entry.startswith(top))
     if not names:
-        counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(3))
-        others = f" (only {counts})" if ignored else ""
-        raise ValueError(f"{root} holds no images{others}: --data.path must be a folder or a ZIP of images")
+        others = f" (only {_counts(ignored)})" if ignored else ""
+        raise ValueError(f"{root} holds no images{others}: name a folder or a ZIP of images")
+    if edm_labels is None:
+        class_names, labels = _folder_classes(root, top, names, entries)
+    else:
+        class_names, labels = _edm_classes(f"{root}/{top}{_EDM_LABELS}", [n[len(top) :] for n in names], edm_labels)
+    members = None if archive is None else _locations(root, [archive[name] for name in names])
+    files = ImageFiles(root, names, labels, class_names, ignored, members)
+    if detect_world().is_main:
+        print(files)
+    return files
+
+
+def _counts(ignored: Counter[str]) -> str:
+    """How many files of each suffix, the five most frequent."""
+    shown = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(5))
+    return shown + ", ..." * (len(ignored) > 5)
+
+
+def _folder_classes(
+    root: Path, top: str, names: Sequence[str], entries: Sequence[str]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names and labels [N] of folders: in the order of their numbers if all are whole numbers, else sorted."""
     classes = [_class_of(name[len(top) :]) for name in names]
-    if "" in classes and len(set(classes)) > 1:
+    present = {*classes} - {""}
+    if "" in classes and present:
         stray = names[classes.index("")]
         raise ValueError(f"{root} holds both class folders and loose images such as {stray}: move those into a class")
-    class_names = tuple(sorted({*classes} - {""}))
-    empty = {_class_of(entry[len(top) :]) for entry in entries} - {"", *class_names}
-    if class_names and empty:
+    empty = {_class_of(entry[len(top) :]) for entry in entries if entry.startswith(top)} - {"", *present}
+    if present and empty:
         raise ValueError(f"the class folder '{min(empty)}' of {root} holds no images: fill it, or remove it")
+    class_names = sorted(present)
+    if are_numbers(class_names):
+        class_names.sort(key=int)
     number = {name: label for label, name in enumerate(class_names)}
-    labels = np.array([number.get(name, 0) for name in classes], np.int64)
-    return ImageFiles(root, names, labels, class_names, ignored)
+    return tuple(class_names), np.array([number.get(name, 0) for name in classes], np.int64)
+
+
+def are_numbers(class_names: Sequence[str]) -> bool:
+    """Whether every class is named by a whole number."""
+    return bool(class_names) and all(re.fullmatch("-?[0-9]+", name) for name in class_names)
+
+
+def _edm_labels(root: Path, entry: str, archive: dict[str, zipfile.ZipInfo] | None) -> dict[str, int] | None:
+    """The labels in a dataset.json by name of the file; empty if it says that there are none, None if it is another's.
+
+    It holds {"labels": null} or {"labels": [["00000/img00000000.png", 6], ...]}.
+    """
+    try:
+        if archive is None:
+            content = (root / entry).read_bytes()
+        else:
+            content = _read_member(root, *_locations(root, [archive[entry]])[0].tolist())
+        tree = json.loads(content)
+        if not isinstance(tree, dict) or "labels" not in tree:
+            return None
+        labels = {name.replace("\\", "/"): label for name, label in dict(tree["labels"] or {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{root}/{entry} holds no list of file names and labels ({first_line(error)})") from error
+    for name, label in labels.items():
+        if type(label) is not int or not 0 <= label < _MOST_CLASSES:
+            raise ValueError(f"{root}/{entry} gives {name} the label {label}: labels must be class numbers from 0")
+    return labels
+
+
+def _edm_classes(
+    source: str, names: Sequence[str], stored: dict[str, int]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names (the numbers) and labels [N] of a dataset.json; folders are no classes."""
+    if not stored:
+        return (), np.zeros(len(names), np.int64)
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise ValueError(
+            f"{source} has no label for {len(missing)} images such as {missing[0]}: add them, or remove it"
+        )
+    return tuple(map(str, range(max(stored.values()) + 1))), np.array([stored[name] for name in names], np.int64)
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Relative names of all files, and of folders with a slash at the end.
+    """Relative names of all files, and of folders with a slash at the end; hidden ones are left out.
 
     Links are followed, after the folders that are no links; a folder that was seen already is left out, and named.
     """
@@ -142,43 +269,56 @@ def _walk(root: Path) -> Iterator[str]:
             if (status.st_dev, status.st_ino) in seen:
                 subfolders.clear()
                 if detect_world().is_main:
-                    print(f"left out {folder}: it links to {place.resolve()}, which is read already", file=sys.stderr)
+                    text = f"left out {folder}: it links to {place.resolve()}, which is read already"
+                    print(printable(text), file=sys.stderr)
                 continue
             seen.add((status.st_dev, status.st_ino))
             subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
             starts += [place / name for name in subfolders if (place / name).is_symlink()]
-            relative = place.relative_to(root)
-            if place != root:
-                yield f"{relative.as_posix()}/"
-            yield from ((relative / name).as_posix() for name in files if not _hidden(name))
+            prefix = "" if place == root else f"{place.relative_to(root).as_posix()}/"
+            if prefix:
+                yield prefix
+            yield from (f"{prefix}{name}" for name in files if not _hidden(name))
 
 
 def _refuse_folder(error: OSError) -> None:
     raise ValueError(f"cannot read the folder {error.filename} ({error.strerror}): mend its permissions") from error
 
 
-def _members(path: Path) -> Iterable[str]:
-    """The same of a ZIP."""
+def _archive(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The entries of a ZIP by name, hidden ones left out; names are those that a folder would have."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            infos = archive.infolist()
     except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is neither a folder nor a readable ZIP ({error}): check --data.path") from error
-    return {name for name in names if not any(_hidden(part) for part in name.split("/"))}
+        raise ValueError(f"{path} is neither a folder nor a readable ZIP ({error}): check the path") from error
+    named = {info.filename.replace("\\", "/").removeprefix("./"): info for info in infos}  # as Windows writes them
+    return {name: info for name, info in named.items() if name and not any(map(_hidden, name.split("/")))}
+
+
+def _locations(path: Path, infos: Sequence[zipfile.ZipInfo]) -> NDArray[np.int64]:
+    """`ImageFiles.members` of these entries of a ZIP."""
+    for info in infos:
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{path} holds {info.filename} encrypted or in a rare compression: unpack it to a folder")
+    return np.array([(i.header_offset, i.compress_size, i.CRC, i.compress_type) for i in infos], np.int64)
 
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _top(names: list[str]) -> str:
+def _top(root: Path, names: list[str]) -> str:
     """The prefix of pictures' names under which the classes lie."""
     top = ""
     while True:
         below = [name[len(top) :] for name in names if name.startswith(top)]
         folders = {_class_of(name) for name in below}
-        if "train" in folders and len(folders) > 1 and folders <= _SPLITS:
-            top += "train/"
+        if len(folders) > 1 and all(name.lower() in _TRAIN | _HELD_OUT for name in folders):
+            training = [name for name in folders if name.lower() in _TRAIN]
+            if len(training) != 1:
+                raise ValueError(f"{root / top} holds the splits {', '.join(sorted(folders))}: name the one to read")
+            top += f"{training[0]}/"
         elif len(folders) == 1 and folders != {""} and all(name.count("/") > 1 for name in below):
             top += f"{folders.pop()}/"
         else:
@@ -189,10 +329,6 @@ def _class_of(name: str) -> str:
     """The first folder of a relative name; empty for a file outside folders."""
     first, slash, _ = name.partition("/")
     return first if slash else ""
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -209,9 +345,27 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def square_pixels(picture: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
-    """The centre crop of a picture as uint8 [S, S, C]."""
-    if picture.mode.startswith("I;16"):  # convert() would clip its 65536 greys at 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    pixels = np.array(centre_crop(picture.convert(MODES[channels]), size))
-    return pixels.reshape(size, size, channels)
+def is_grey(picture: Image.Image) -> bool:
+    """Whether a picture's mode has no colours (a palette counts as colours)."""
+    return picture.mode in _GREY_MODES
+
+
+def square_pixels(picture: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
+    """The centre crop of a picture as uint8 [S, S, C]; [H, W, C] for a size of None.
+
+    Transparency is dropped and a rotation note (EXIF) is not followed, as in ADM.
+
+    Raises:
+        ValueError: if its values have no known white, or Pillow reads them wrongly.
+    """
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF: bits of each channel, photometric interpretation, planes
+    if 16 in tags.get(258, ()) and (tags.get(262) == 0 or tags.get(284) == 2):
+        raise ValueError("Pillow misreads 16-bit TIFFs whose zero is white, or with a plane for each channel")
+    # Pillow opens 16-bit greys as I;16 or (of PGM, and older releases of PNG) as 32-bit numbers up to 65535.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))  # convert() would clip them at 255
+    elif picture.mode in ("I", "F"):
+        raise ValueError("its greys are 32-bit numbers, of which none is known to be white: save it with 8 or 16 bits")
+    picture = picture.convert(MODES[channels])
+    pixels = np.array(picture if size is None else centre_crop(picture, size))
+    return pixels.reshape(*pixels.shape[:2], channels)

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from diffit.evaluation.reader import ImageFile
+from diffit.evaluation.reader import ImageSource
 
 PUBLISHED_COUNT = 50_000
 
 
-def check_pair(reference: ImageFile, samples: ImageFile) -> list[str]:
+def check_pair(reference: ImageSource, samples: ImageSource) -> list[str]:
     """Compare the headers of both files. Returns warnings.
 
     Raises:
@@ -40,7 +40,7 @@ def check_pair(reference: ImageFile, samples: ImageFile) -> list[str]:
     return found
 
 
-def check_images(file: ImageFile) -> None:
+def check_images(file: ImageSource) -> None:
     """Read every image once.
 
     Raises:
@@ -58,7 +58,7 @@ def check_images(file: ImageFile) -> None:
         raise ValueError(f"{file.path}: all {file.count} images are the same")
 
 
-def class_labels(file: ImageFile) -> NDArray[np.integer] | None:
+def class_labels(file: ImageSource) -> NDArray[np.integer] | None:
     """The class numbers [N] of a file's images; None if there are none, or they are not one number per image."""
     labels = file.array("arr_1")
     if labels is None or labels.shape != (file.count,) or not np.issubdtype(labels.dtype, np.integer):
@@ -66,7 +66,7 @@ def class_labels(file: ImageFile) -> NDArray[np.integer] | None:
     return labels if labels.min() >= 0 else None
 
 
-def check_labels(file: ImageFile) -> tuple[str, list[str]]:
+def check_labels(file: ImageSource) -> tuple[str, list[str]]:
     """The number of images per class in words, and warnings about them."""
     labels = class_labels(file)
     if labels is None:

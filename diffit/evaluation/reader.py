@@ -1,4 +1,4 @@
-"""Images out of .npz files, streamed: no file is ever whole in memory. And the statistics that a reference holds.
+"""Images to be scored, streamed: out of an .npz, a folder or a ZIP. And the statistics that a reference holds.
 
 An .npz of ADM's format holds `arr_0`, uint8 images [N, H, W, C], perhaps `arr_1`, labels [N]; a reference may also hold
 the moments of its whole data set: `mu, sigma` of FID's features and `mu_s, sigma_s` of sFID's.
@@ -10,12 +10,17 @@ from __future__ import annotations
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from diffit.data.files import ImageFiles, image_files, is_grey, square_pixels
+from diffit.system.files import first_line
 
 Images = NDArray[np.uint8]
 
@@ -41,7 +46,7 @@ class ImageFile:
         with self._damage_named(), zipfile.ZipFile(self.path) as archive:
             self.keys = tuple(name.removesuffix(".npy") for name in archive.namelist())
         if "arr_0" not in self.keys:
-            found = ", ".join(self.keys) or "nothing"
+            found = ", ".join(self.keys[:5]) + ", ..." * (len(self.keys) > 5) or "nothing"
             raise ValueError(
                 f"{self.path} holds no array 'arr_0' (it holds {found}): save images [N, H, W, C] as arr_0"
             )
@@ -115,3 +120,83 @@ class ImageFile:
         finite = values[np.isfinite(values)]
         span = f" between {finite.min():g} and {finite.max():g}" if len(finite) else ""
         return f"{span}{f', {bad} of the first {len(values)} values NaN or infinite,' if bad else ''}"
+
+
+@dataclass(frozen=True)
+class ListedImages:
+    """A data set of torchvision, without its classes: items (picture, label), each made when asked for."""
+
+    items: Sequence[tuple[Image.Image, object]]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def picture(self, index: int) -> Image.Image:
+        return self.items[index][0]
+
+    def channels(self) -> int:
+        """3 if any picture has colours, else 1."""
+        return 1 if all(is_grey(self.picture(index)) for index in range(len(self))) else 3
+
+
+class PictureFiles:
+    """Pictures, read in order like the images of an .npz; grey ones become RGB if others have colours.
+
+    Args:
+        path: what to call them.
+        source: the pictures.
+        image_size: side of their centre crops; 0 leaves them as they are, which must then be of one size.
+
+    Raises:
+        ValueError: (also from `batches`) if a picture cannot be read, or is of another size than the first.
+    """
+
+    def __init__(self, path: Path, source: ImageFiles | ListedImages, image_size: int = 0) -> None:
+        self.path, self.count, self._source, self._size = path, len(source), source, image_size or None
+        self._channels = source.channels()
+        self._labels = source.labels if isinstance(source, ImageFiles) and source.class_names else None
+        self.keys = ("arr_0",) if self._labels is None else ("arr_0", "arr_1")
+        self.image_shape = self._image(0).shape
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Images]:
+        """See `ImageFile.batches`."""
+        stop = self.count if stop is None else stop
+        for first in range(start, stop, size):
+            batch = [self._image(index) for index in range(first, min(first + size, stop))]
+            for index, image in enumerate(batch, first):
+                if image.shape != self.image_shape:
+                    shapes = ["x".join(map(str, shape)) for shape in (image.shape, self.image_shape)]
+                    raise ValueError(
+                        f"{self._source.name(index)} is {shapes[0]} and the first image is {shapes[1]}: resize them, "
+                        "or give make_reference.py --image_size to bring all to one size"
+                    )
+            yield np.stack(batch)
+
+    def array(self, name: str) -> NDArray | None:
+        """The labels [N] as arr_1, if there are classes; see `ImageFile.array`."""
+        return self._labels if name == "arr_1" else None
+
+    def _image(self, index: int) -> Images:
+        try:
+            return square_pixels(self._source.picture(index), self._size, self._channels)
+        except Exception as error:  # a decoder raises anything over a damaged file
+            name = self._source.name(index)
+            raise ValueError(f"cannot read {name} ({first_line(error)}): fix or remove it") from error
+
+
+ImageSource = ImageFile | PictureFiles
+
+
+def open_images(path: str | Path, image_size: int = 0) -> ImageSource:
+    """The images of an .npz, or of a folder or ZIP of pictures (then of that size, 0: as they are).
+
+    Raises:
+        FileNotFoundError, ValueError: see `ImageFile` and `diffit.data.files.image_files`.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return PictureFiles(path, image_files(path), image_size)
+    return ImageFile(path)

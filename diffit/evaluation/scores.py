@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffit.evaluation.features import INCEPTION, Backend
 from diffit.evaluation.manifold import manifold_radii, precision_recall
-from diffit.evaluation.reader import ImageFile, Images
+from diffit.evaluation.reader import Images, ImageSource, open_images
 from diffit.evaluation.statistics import Floats, Moments, accuracy, frechet_distance, inception_score
 from diffit.system.distributed import World, on_main
 
@@ -163,16 +163,20 @@ def score_images(
 
 
 def load_reference(
-    path: str | Path, backend: Backend, manifold: bool = True, batch_size: int = 64, progress: bool = False
+    source: str | Path | ImageSource,
+    backend: Backend,
+    manifold: bool = True,
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> Reference:
-    """A reference file's statistics: those stored in it where they are of this backend's features, else of its images.
+    """A reference's statistics: those stored in it where they are of this backend's features, else of its images.
 
     manifold: also the features of its images, for precision and recall. Call it once and keep the result.
 
     Raises:
-        FileNotFoundError, ValueError: see `ImageFile`.
+        FileNotFoundError, ValueError: see `open_images`.
     """
-    file = ImageFile(path)
+    file = open_images(source) if isinstance(source, str | Path) else source
     features, stored = file.array("features"), dict[str, Gaussian]()
     if (INCEPTION if features is None else str(features)) == backend.name:  # ADM's files do not say whose they are
         for score, names in _STORED.items():

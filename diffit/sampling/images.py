@@ -79,7 +79,7 @@ def sample_images(
     config = replace(config, sampling=sampling, guidance=guidance)
     check_process(config.process_config, sampling, guidance)
     listed = [class_labels] if isinstance(class_labels, int | str) else class_labels or []
-    wanted = resolve_labels([str(label) for label in listed], class_names(config))
+    wanted = resolve_labels(listed, class_names(config))
     place = torch.device(device) if device is not None else next(model.parameters()).device
     draw = create_sampler(config.process_config, sampling)
     codec = codec or create_codec(config.codec, place)

@@ -1,41 +1,110 @@
-"""Class labels as users write them: numbers or names."""
+"""Class labels as users write them: numbers, names, or ImageNet's synonyms."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 from timm.data import ImageNetInfo
 
 from diffit.checkpoint.config import CheckpointConfig
+from diffit.data.files import are_numbers
 
 
 def class_names(config: CheckpointConfig) -> Sequence[str]:
-    """The checkpoint's class names; ImageNet's for a model of 1000 unnamed classes; else the numbers."""
-    num_classes = config.network.num_classes
-    if config.class_names:
-        return config.class_names
-    if num_classes == 1000:
-        imagenet = ImageNetInfo()
-        return [imagenet.index_to_description(i).split(",")[0] for i in range(1000)]
-    return [str(i) for i in range(num_classes)]
-
-
-def resolve_labels(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Class numbers for numbers or names (in any case).
+    """A name for each class: the checkpoint's; ImageNet's for a model of 1000 unnamed classes; else the numbers.
 
     Raises:
-        ValueError: if there is no such class.
+        ValueError: if the checkpoint names more classes than its network has.
     """
-    if wanted and not names:
+    names, num_classes = config.class_names, config.network.num_classes
+    if len(names) > num_classes:
+        raise ValueError(
+            f"the checkpoint names {len(names)} classes and its network has {num_classes}: its metadata is not its own"
+        )
+    if num_classes == 1000 and not names:
+        return [description.split(",")[0] for description in _imagenet().values()]
+    return [*names, *map(str, range(len(names), num_classes))]
+
+
+def resolve_labels(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
+    """Class numbers of labels.
+
+    Args:
+        labels: integers, which are class numbers, or texts: a name in its exact spelling, else a number (where every
+            name is a number, the name is meant), one of ImageNet's synonyms, or a name or synonym in any case.
+        names: of the classes, from `class_names`.
+
+    Raises:
+        ValueError: if there is no such class, or several.
+    """
+    if not names and labels:
         raise ValueError("the model knows no classes: leave the class labels out")
-    by_name = {name.lower(): index for index, name in reversed(list(enumerate(names)))}
-    labels = []
-    for text in wanted:
-        index = int(text) if text.lstrip("-").isdigit() else by_name.get(text.lower(), -1)
-        if not 0 <= index < len(names):
-            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise ValueError(
-                f"there is no class '{text}': choose a number from 0 to {len(names) - 1} or one of {shown}"
-            )
-        labels.append(index)
-    return labels
+    tables = _tables(names) if any(isinstance(label, str) for label in labels) else []
+    resolved = []
+    for label in labels:
+        numbers = _named(label, names, tables) if isinstance(label, str) else [_integer(label)]
+        if len(numbers) > 1:
+            listed = ", ".join(map(str, numbers))
+            raise ValueError(f"the name '{label}' means the classes {listed}: give one of these numbers")
+        if not numbers or not 0 <= numbers[0] < len(names):
+            shown = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+            by_name = isinstance(label, str) and are_numbers(names)
+            choices = f"{'' if by_name else f'a number from 0 to {len(names) - 1} or '}one of {shown}"
+            raise ValueError(f"there is no class '{label}': choose {choices}")
+        resolved += numbers
+    return resolved
+
+
+def known_labels(names: Sequence[str]) -> dict[str, int]:
+    """Every spelling that `resolve_labels` takes for one class, case aside, and its number."""
+    tables = _tables(names)
+    numbers = {text: _named(text, names, tables) for text in sorted({*tables[0], *tables[1]})}
+    return {text: found[0] for text, found in numbers.items() if len(found) == 1}
+
+
+def _integer(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except TypeError as error:
+        raise ValueError(f"a class label is a name or a whole number, not {label!r}") from error
+
+
+def _named(text: str, names: Sequence[str], tables: Sequence[dict[str, list[int]]]) -> list[int]:
+    """All class numbers that a text may mean, by the first rule that gives any."""
+    exact, synonyms, folded, folded_synonyms = tables
+    if text not in exact and are_numbers([text]):
+        if not are_numbers(names):
+            return [int(text)]
+        return [number for number, name in enumerate(names) if int(name) == int(text)]
+    key = text.casefold()
+    return exact.get(text) or synonyms.get(text) or folded.get(key) or folded_synonyms.get(key) or []
+
+
+def _tables(names: Sequence[str]) -> list[dict[str, list[int]]]:
+    """Spelling -> class numbers: of the names, of ImageNet's synonyms, and of both in lower case.
+
+    Classes have synonyms if they are named by WordNet ids, or all of them as ImageNet's.
+    """
+    imagenet = _imagenet()
+    descriptions = [imagenet.get(name, "") for name in names]
+    if list(names) == [description.split(",")[0] for description in imagenet.values()]:
+        descriptions = list(imagenet.values())
+    synonyms = [(text.strip(), i) for i, description in enumerate(descriptions) for text in description.split(",")]
+    tables: list[dict[str, list[int]]] = []
+    for fold in (False, True):
+        for pairs in (zip(names, range(len(names)), strict=True), synonyms):
+            table: dict[str, list[int]] = {}
+            for text, number in pairs:
+                numbers = table.setdefault(text.casefold() if fold else text, [])
+                if text and number not in numbers:
+                    numbers.append(number)
+            tables.append(table)
+    return tables
+
+
+def _imagenet() -> dict[str, str]:
+    """Descriptions of ImageNet's 1000 classes by WordNet id, as in 'n01443537': 'goldfish, Carassius auratus'."""
+    info = ImageNetInfo()
+    return {wnid: info.index_to_description(number) for number, wnid in enumerate(info.label_names())}

@@ -148,6 +148,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def printable(text: str) -> str:
+    """A text from outside for one line of a terminal: control characters, and bytes that are no text, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextlib.contextmanager
 def quiet_hub(wanted: str | None) -> Iterator[None]:
     """Say what is wanted of the Hub, if anything: it may take half a minute to fail. Silence its own logs and warnings.

@@ -90,7 +90,7 @@ def test_links_are_followed_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({}, "holds no images: --data.path must be"),
+        ({}, "holds no images: name a folder or a ZIP"),
         ({"": 1, "cat": 1}, "both class folders and loose images such as 000.png"),
         ({"cat": 1, "dog": 0}, "the class folder 'dog'.* holds no images"),
     ],
@@ -132,7 +132,7 @@ def test_a_damaged_image_is_named(tmp_path, suffix):
     pixels, unreadable = images.readable(range(3))
     assert pixels.shape == (2, 16, 16, 3)
     assert [image.index for image in unreadable] == [2]
-    with pytest.raises(UnreadableImagesError, match=f"1 image: .*cat/half.{suffix} \\(.+\\): mend or remove"):
+    with pytest.raises(UnreadableImagesError, match=f"1 image: .*cat/half.{suffix} \\(.+\\): fix or remove"):
         images[2]
 
 

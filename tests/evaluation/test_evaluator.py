@@ -216,8 +216,8 @@ def test_wrong_sources_are_refused(tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "out.npz")
     for source, message in (
         (tmp_path / "images", "holds no images"),
-        (tmp_path / "broken.zip", "not a whole .zip"),
-        (tmp_path / "absent", "is no folder"),
+        (tmp_path / "broken.zip", "neither a folder nor a readable ZIP"),
+        (tmp_path / "absent.zip", "does not exist"),
         ("torchvision:Nothing", "no data set 'Nothing'"),
     ):
         assert make_reference([str(source), out, *FEATURES]) == 2
