@@ -13,7 +13,7 @@ class ImagesConfig:
     """Images.
 
     Args:
-        name: folder (or ZIP; one subfolder per class, or none), or a known data set.
+        name: folder (or ZIP; one subfolder per class, or none, or as EDM's dataset_tool has it), or a known data set.
         path: the folder or ZIP; of a known data set the folder of its files, by default an installed copy, or else it
             is downloaded to data/.
         workers: worker processes that read images, for each rank; never more than there are cores.

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
+from diffit.checkpoint.resolve import read_metadata
 from diffit.codec import Codec, PixelCodec, VAECodec
 from diffit.data.augment import augment, draw_augmentation
 from diffit.data.config import DataConfig
@@ -162,11 +164,26 @@ def open_training_set(
             if world.is_main:
                 print(f"left out {listing(unreadable)}", file=sys.stderr)
             images = images.keep(np.delete(np.arange(len(images)), [image.index for image in unreadable]))
-        return PixelDataset(images)
+        return _in_class_order(PixelDataset(images), run_dir)
     folder = Path(config.cache).expanduser() if config.cache else run_dir / "cache"
     latents = _latents(config, codec, image_size, folder, world)
     latents.check(codec, image_size, config.flip)
-    return LatentDataset(latents, codec, seed)
+    return _in_class_order(LatentDataset(latents, codec, seed), run_dir)
+
+
+def _in_class_order(data: TrainingSet, run_dir: Path) -> TrainingSet:
+    """The data set with its classes numbered as in the run's newest checkpoint, which may be older than this order."""
+    for folder in reversed(complete_checkpoints(run_dir / "checkpoints")):
+        try:
+            config = read_metadata(folder / EMA_FILE)
+        except ValueError:  # damaged: resuming passes it over too
+            continue
+        order = config.class_names if config else ()
+        if order and sorted(order) == sorted(data.class_names):
+            data.labels = np.array([order.index(name) for name in data.class_names])[data.labels]
+            data.class_names = order
+        break
+    return data
 
 
 def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path, world: World) -> LatentCache:

@@ -217,7 +217,7 @@ def test_wrong_sources_are_refused(tmp_path, monkeypatch, capsys):
     for source, message in (
         (tmp_path / "images", "holds no images"),
         (tmp_path / "broken.zip", "neither a folder nor a readable ZIP"),
-        (tmp_path / "absent.zip", "does not exist"),
+        (tmp_path / "absent.zip", "there are no images at"),
         ("torchvision:Nothing", "no data set 'Nothing'"),
     ):
         assert make_reference([str(source), out, *FEATURES]) == 2
