@@ -196,7 +196,8 @@ class DiffiTPipeline(DiffusionPipeline):
         checkpoint = {key: value for key, value in as_tree(config).items() if key != "network"}
         vae = codec.vae if isinstance(codec, VAECodec) else None
         pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(source, config))
-        return pipeline.to(dtype=dtypes[0] or dtypes[1] or pipeline.dtype)
+        dtype = dtypes[0] or dtypes[1]
+        return pipeline.to(dtype=dtype) if dtype else pipeline  # diffusers warns of every cast
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

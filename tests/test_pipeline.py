@@ -42,6 +42,13 @@ def pipelines(checkpoints):
     return pipelines
 
 
+def test_opening_a_checkpoint_prints_nothing(checkpoints):
+    code = "import sys; from diffit import DiffiTPipeline; DiffiTPipeline.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(checkpoints["latent"])]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 @pytest.fixture(scope="module")
 def saved(pipelines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
