@@ -17,7 +17,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +33,6 @@ from diffit.checkpoint.resolve import PIPELINE_FILE, Source, find_checkpoint
 from diffit.checkpoint.weights import load_weights
 from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
-from diffit.models.config import model_config
 from diffit.sampling.images import sample_images
 from diffit.sampling.labels import class_names, known_labels, resolve_labels
 from diffit.system.files import as_tree, first_line, write_atomically
@@ -72,8 +70,7 @@ class DiffiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(checkpoint=checkpoint, card=card or {"license": "unknown", "scores": {}})
         sizes = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-        network = asdict(model_config(checkpoint["model"], **sizes))
-        self._settings = CheckpointConfig.from_json(json.dumps(checkpoint | {"network": network}))
+        self._settings = CheckpointConfig.from_json(json.dumps(checkpoint | {"network": sizes}))
 
     def __call__(
         self,

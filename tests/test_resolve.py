@@ -206,7 +206,7 @@ NAME = "blocks.1.mlp.fc1.bias"
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is empty"),
+        (b"", "damaged or incomplete"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 7\n", "is a git-LFS pointer"),
         (b"<!DOCTYPE html><html>", "damaged or incomplete"),
         ({"weights": WEIGHTS.state_dict(), "epoch": 1}, "no weights under ema, .*state_dict, but weights, epoch"),

@@ -7,6 +7,7 @@ folder owner.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -187,16 +188,15 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
     """The config in a file's metadata; None if it is not safetensors or carries none.
 
     Raises:
-        ValueError: if the file is missing, empty, damaged or of another version.
+        ValueError: if the file is damaged or of another version.
     """
-    check_content(path)
     if path.suffix != ".safetensors":
         return None
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}): copy or download it again") from error
+    except (SafetensorError, OSError) as error:
+        raise damaged(path) from error
     if METADATA_KEY not in metadata:
         return None
     try:
@@ -205,17 +205,12 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
         raise ValueError(f"{path} was written by another version of diffit ({error}): update diffit") from error
 
 
-def check_content(path: Path) -> None:
-    """Refuse, by ValueError, a file that cannot be read, is empty, or is a pointer in place of the weights."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(40)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check the file") from error
-    if not start:
-        raise ValueError(f"{path} is damaged or incomplete (it is empty): copy or download it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-LFS pointer, not the weights: run git lfs pull, or download the file")
+def damaged(path: Path) -> ValueError:
+    """What to say of a file of weights that cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            return ValueError(f"{path} is a git-LFS pointer, not the weights: run git lfs pull, or download the file")
+    return ValueError(f"{path} is damaged or incomplete: copy or download it again")
 
 
 def download(source: Source) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffit.checkpoint.config import METADATA_KEY, CheckpointConfig
 from diffit.checkpoint.folder import STATE_FOLDER
-from diffit.checkpoint.resolve import check_content, find_checkpoint
+from diffit.checkpoint.resolve import damaged, find_checkpoint
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_index
 from diffit.system.files import first_line, write_atomically
@@ -96,18 +96,15 @@ def _read_folder(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, or of any other that torch.save wrote without code in it."""
-    check_content(path)
     try:
         tree: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        damaged = f"{path} is damaged or incomplete: copy or download it again"
-        foreign = re.search("invalid load key|Unsupported operand", str(error))  # no pickle at all
-        if foreign or not isinstance(error, pickle.UnpicklingError):
-            raise ValueError(damaged) from error
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        if code is None or not isinstance(error, pickle.UnpicklingError):
+            raise damaged(path) from error
         raise ValueError(
-            f"{path} is not a plain file of weights (loading {code[1] if code else 'it'} could run code, so it is "
-            "refused): save its state dict with torch.save, or as safetensors"
+            f"{path} is not a plain file of weights (loading {code[1]} could run code, so it is refused): save its "
+            "state dict with torch.save, or as safetensors"
         ) from error
     while not _is_state(tree):
         keys = list(tree) if isinstance(tree, Mapping) else [type(tree).__name__]
