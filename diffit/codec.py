@@ -25,8 +25,8 @@ _PIXELS_AT_ONCE = 1 << 20  # 16 images of 256 x 256, 4 of 512 x 512
 class VAECodec:
     """Images <-> latents of zero mean and unit deviation, as the VAE's own config defines them.
 
-    latents = (z - latents_mean) / latents_std * scaling_factor, the convention of diffusers; Stable Diffusion's VAEs
-    have no mean and deviation and the factor 0.18215.
+    latents = (z - latents_mean) / latents_std * scaling_factor, the convention of diffusers, where shift_factor is a
+    mean of all channels; Stable Diffusion's VAEs have no mean and deviation and the factor 0.18215.
 
     Args:
         config: which VAE.
@@ -48,8 +48,9 @@ class VAECodec:
             self.vae.decoder.compile(dynamic=False)
         self.latent_channels: int = self.vae.config.latent_channels
         self.image_channels: int = self.vae.config.out_channels
-        mean = self.vae.config.latents_mean or [0.0] * self.latent_channels
-        std = self.vae.config.latents_std or [1.0] * self.latent_channels
+        known = self.vae.config  # of which not every kind of VAE has every entry
+        mean = known.get("latents_mean") or [known.get("shift_factor") or 0.0] * self.latent_channels
+        std = known.get("latents_std") or [1.0] * self.latent_channels
         self.scaling_factor = scale = float(self.vae.config.scaling_factor)
         # Mean and scale of latents [1, c, 1, 1], on the CPU for data sets' workers and on the device.
         self.normalisation = torch.tensor(mean).view(1, -1, 1, 1), (scale / torch.tensor(std)).view(1, -1, 1, 1)
@@ -58,7 +59,7 @@ class VAECodec:
     def encode_moments(self, images: Tensor) -> Tensor:
         """images: uint8 [B, H, W, C]. Returns mean and log variance of the VAE's posterior, float32 [B, 2c, h, w]."""
         x = images.to(self._mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, C, H, W]
-        return self.vae.encode(x).latent_dist.parameters
+        return self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A draw from the posterior, normalised. moments: [B, 2c, h, w]; noise: [B, c, h, w]. Returns [B, c, h, w]."""
@@ -79,7 +80,8 @@ class VAECodec:
         """
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         parts = latents.split(max(1, _PIXELS_AT_ONCE // pixels))
-        return torch.cat([to_uint8(self.vae.decode(z / self._scale + self._mean).sample) for z in parts])
+        parts = [(z / self._scale + self._mean).to(self.vae.dtype) for z in parts]
+        return torch.cat([to_uint8(self.vae.decode(z).sample) for z in parts])
 
 
 def draw_latents(moments: Tensor, noise: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

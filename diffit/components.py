@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diffit.models.config import DiffiTConfig, NetworkConfig
 from diffit.models.image import ImageDiffiT
@@ -26,14 +28,35 @@ __all__ = ["DiffiTPipeline", "DiffiTTransformer2DModel", "ImageDiffiTTransformer
 """
 
 
-class DiffiTTransformer2DModel(ModelMixin, DiffiT, ConfigMixin):
+class _Checkpointed(nn.Module):
+    """Gradient checkpointing as diffusers switches it on: each block is computed again in the backward pass."""
+
+    blocks_in_order: Any  # of both networks
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
+        """func: called with (forward, *arguments) in place of PyTorch's `checkpoint`."""
+        self.disable_gradient_checkpointing()
+        recompute = gradient_checkpointing_func or partial(checkpoint, use_reentrant=False)
+        for block in self.blocks_in_order():
+            block.forward = partial(recompute, block.forward)
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        for block in self.blocks_in_order():
+            block.__dict__.pop("forward", None)
+        self.gradient_checkpointing = False
+
+
+class DiffiTTransformer2DModel(_Checkpointed, ModelMixin, DiffiT, ConfigMixin):
     """`diffit.DiffiT` with the config, loading and saving of diffusers."""
 
     config: Any
     __init__ = register_to_config(DiffiT.__init__)
 
 
-class ImageDiffiTTransformer2DModel(ModelMixin, ImageDiffiT, ConfigMixin):
+class ImageDiffiTTransformer2DModel(_Checkpointed, ModelMixin, ImageDiffiT, ConfigMixin):
     """`diffit.ImageDiffiT` with the config, loading and saving of diffusers."""
 
     config: Any

@@ -19,6 +19,7 @@ def test_uint8_truncates():
     [
         {},
         {"scaling_factor": 0.3},
+        {"scaling_factor": 1.5, "shift_factor": 0.06},
         {"scaling_factor": 1.0, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
     ],
 )
@@ -33,13 +34,27 @@ def test_scaling(tmp_path, config):
     posterior = codec.vae.encode(x).latent_dist
     noise = torch.randn(2, 4, 8, 8)
     z = posterior.mean + posterior.std * noise
-    mean = torch.tensor(config.get("latents_mean", [0.0] * 4)).view(1, 4, 1, 1)
+    mean = torch.tensor(config.get("latents_mean", [config.get("shift_factor", 0.0)] * 4)).view(1, 4, 1, 1)
     std = torch.tensor(config.get("latents_std", [1.0] * 4)).view(1, 4, 1, 1)
     latents = codec.latents(moments, noise)
     torch.testing.assert_close(latents, (z - mean) / std * config.get("scaling_factor", 0.18215))
     decoded = codec.decode(latents)
     assert (decoded.int() - to_uint8(codec.vae.decode(z).sample).int()).abs().max() <= 1
     assert decoded.shape == images.shape
+
+
+@torch.no_grad()
+def test_a_vae_of_another_dtype_or_kind_decodes(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    codec, latents = VAECodec(CodecConfig(save_small_vae(tmp_path / "vae"), 2), CPU), torch.randn(2, 4, 8, 8)
+    expected = codec.decode(latents).int()
+    for dtype in (torch.float64, torch.bfloat16):
+        decoded = VAECodec(CodecConfig(factor=2), CPU, vae=codec.vae.to(dtype)).decode(latents)
+        assert (decoded.int() - expected).abs().float().mean() < 2
+    tiny = AutoencoderTiny(block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    decoded = VAECodec(CodecConfig(factor=2), CPU, vae=tiny).decode(latents)
+    assert torch.equal(decoded, to_uint8(tiny.decode(latents / tiny.config.scaling_factor).sample))
 
 
 @torch.no_grad()

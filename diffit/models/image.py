@@ -206,18 +206,23 @@ class ImageDiffiT(nn.Module):
         return [block for stage in (*self.encoder, *self.decoder) for block in stage]
 
     def condition(
-        self, c_noise: Tensor, y: Tensor | None, augment_labels: Tensor | None, drop_label: Tensor | None
+        self,
+        c_noise: Tensor,
+        y: Tensor | None,
+        augment_labels: Tensor | None,
+        drop_label: Tensor | None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """The conditioning token [B, E] of the arguments of `forward`.
+        """The conditioning token [B, E] of the arguments of `forward`, of whose x the dtype is.
 
         Missing labels become null and zero ones, so that every parameter has a gradient, as distributed training asks.
         """
         if y is None:
             y = torch.full(c_noise.shape, self.num_classes, device=c_noise.device)  # [B]
         if augment_labels is None:
-            augment_labels = c_noise.new_zeros(len(c_noise), AUGMENT_LABELS)  # [B, 9]
-        augment_emb = self.augment_embedder(augment_labels)  # [B, F]
-        return self.t_embedder(c_noise, augment_emb) + self.y_embedder(y, drop_label)  # [B, E]
+            augment_labels = c_noise.new_zeros(c_noise.shape[0], AUGMENT_LABELS)  # [B, 9]
+        augment_emb = self.augment_embedder(augment_labels.to(dtype))  # [B, F]
+        return self.t_embedder(c_noise, augment_emb, dtype) + self.y_embedder(y, drop_label)  # [B, E]
 
     def forward(
         self,
@@ -237,7 +242,7 @@ class ImageDiffiT(nn.Module):
         Raises:
             ValueError: if the windows do not divide every resolution.
         """
-        cond = self.condition(c_noise, y, augment_labels, drop_label)  # [B, E]
+        cond = self.condition(c_noise, y, augment_labels, drop_label, x.dtype)  # [B, E]
         x = self.tokenizer(x)  # [B, C, h, w]
         skips = []
         for stage, down in zip(self.encoder, self.downs, strict=False):  # all but the last stage

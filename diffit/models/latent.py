@@ -111,7 +111,7 @@ class DiffiT(nn.Module):
         Returns [B, o, h, w]: first c channels noise, then c of variance interpolation when learn_sigma.
         """
         tokens = self.x_embedder(x) + self.pos_embed  # [B, N, C]
-        cond = self.t_embedder(t) + self.y_embedder(y, drop_label)  # [B, C]
+        cond = self.t_embedder(t, dtype=x.dtype) + self.y_embedder(y, drop_label)  # [B, C]
         tokens = tokens[:, None]  # one window, the whole grid: [B, 1, N, C]
         for block in self.blocks:
             tokens = block(tokens, cond)  # [B, 1, N, C]

@@ -40,10 +40,13 @@ class TimestepEmbedder(nn.Module):
         angles = t[:, None].float() * frequencies  # [B, F/2]
         return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, F]
 
-    def forward(self, t: Tensor, offset: Tensor | None = None) -> Tensor:
-        """t: [B] timesteps on the original scale; offset: [B, F], added to the features. Returns [B, C]."""
+    def forward(self, t: Tensor, offset: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """t: [B] timesteps on the original scale; offset: [B, F], added to the features. Returns [B, C].
+
+        dtype: that of the network's input, in which the MLP computes where autocast does not choose another.
+        """
         features = self.features(t)  # [B, F]
-        return self.mlp(features if offset is None else features + offset)  # [B, C]
+        return self.mlp((features if offset is None else features + offset).to(dtype))  # [B, C]
 
 
 class FourierEmbedder(TimestepEmbedder):

@@ -6,6 +6,8 @@ which their shape [B, C, h, w] does not show. Convolutions take it as it is, and
 Letters: B batch, C channels, h and w sides of the image, s side of a window, W = (h/s)(w/s) windows, N = s*s tokens.
 """
 
+import math
+
 from torch import Tensor
 
 
@@ -25,7 +27,7 @@ def to_windows(x: Tensor, side: int) -> Tensor:
 def from_windows(windows: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `to_windows`: windows [B, W, N, C] of an image of that size. Returns [B, C, h, w]."""
     B, _, N, C = windows.shape
-    side = round(N**0.5)
+    side = math.isqrt(N)
     x = windows.reshape(B, height // side, width // side, side, side, C)  # a view: [B, h/s, w/s, s, s, C]
     x = x.permute(0, 1, 3, 2, 4, 5).reshape(B, height, width, C)  # [B, h, w, C]
     return x.permute(0, 3, 1, 2)  # a view: [B, C, h, w]
