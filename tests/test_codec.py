@@ -52,7 +52,8 @@ def test_a_vae_of_another_dtype_or_kind_decodes(tmp_path):
     for dtype in (torch.float64, torch.bfloat16):
         decoded = VAECodec(CodecConfig(factor=2), CPU, vae=codec.vae.to(dtype)).decode(latents)
         assert (decoded.int() - expected).abs().float().mean() < 2
-    tiny = AutoencoderTiny(block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    sides = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    tiny = AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **sides)
     decoded = VAECodec(CodecConfig(factor=2), CPU, vae=tiny).decode(latents)
     assert torch.equal(decoded, to_uint8(tiny.decode(latents / tiny.config.scaling_factor).sample))
 
