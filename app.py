@@ -2,7 +2,7 @@
 
 import sys
 
-from diffit.cli.app import main
+from diffit.cli.run import app
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(app())

@@ -2,7 +2,7 @@
 
 import sys
 
-from diffit.cli.sample import main
+from diffit.cli.run import sample
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sample())

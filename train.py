@@ -2,7 +2,7 @@
 
 import sys
 
-from diffit.cli.train import main
+from diffit.cli.run import train
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train())

@@ -9,11 +9,17 @@ Letters: B images of a batch.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("diffit.benchmark:main"))
+
 import argparse
 import copy
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,13 +28,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffit.checkpoint.config import CheckpointConfig, default_config
 from diffit.checkpoint.resolve import BUNDLED, find_checkpoint
 from diffit.checkpoint.weights import load_weights
-from diffit.cli.parser import fail
+from diffit.cli.run import one_sentence
 from diffit.codec import create_codec
 from diffit.config import Precision
 from diffit.diffusion import SampleNoise, create_process, create_sampler, guided_model
@@ -38,7 +45,7 @@ from diffit.models.config import build_model
 from diffit.models.fast import compiles, cpu_info, fast_network, fast_precision
 from diffit.nn.attention import TMSA, matmul_attention
 from diffit.sampling.images import sample_batch
-from diffit.system.device import autocast, resolve_device, set_matmul_precision
+from diffit.system.device import autocast, resolve_device, set_matmul_precision, to_device
 from diffit.system.files import write_atomically
 from diffit.training.ema import EMA
 from diffit.training.estimate import estimate, measured_peak
@@ -245,7 +252,7 @@ def measure_training(
     generator = torch.Generator().manual_seed(_SEED)
     shape = (batch, network.in_channels, network.input_size, network.input_size)
     x_start, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    t = torch.full((batch,), 0.5 if config.process != "gaussian" else 500, device=device)
+    t = to_device(process.draw_t(np.random.default_rng(_SEED), batch), device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
     exact: Precision = "tf32" if device.type == "cuda" else "fp32"
     low, ema = fast_precision(device), EMA(model)
@@ -290,6 +297,7 @@ def table(rows: Sequence[Row], training: bool) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+@one_sentence()
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Resolve the command line. Ends the program with one sentence and exit code 2 if it cannot be."""
     parser = argparse.ArgumentParser(prog="python -m diffit.benchmark", description=__doc__, exit_on_error=False)
@@ -305,15 +313,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        fail(f"{error}; {parser.prog} --help lists all settings")
+        raise ValueError(f"{error}; {parser.prog} --help lists all settings") from error
     for name, known in (("cases", tuple(CASES)), ("parts", PARTS)):
         for value in getattr(args, name):
             if value not in known:
-                fail(f"--{name} {value} is unknown: choose of {', '.join(known)}")
+                raise ValueError(f"--{name} {value} is unknown: choose of {', '.join(known)}")
     if args.model_path and len(args.cases) != 1:
-        fail("--model_path belongs to one case: name it with --cases")
+        raise ValueError("--model_path belongs to one case: name it with --cases")
     if args.rounds < 1 or (args.batch_size is not None and args.batch_size < 1):
-        fail("--rounds and --batch_size must be at least 1")
+        raise ValueError("--rounds and --batch_size must be at least 1")
     return args
 
 
@@ -359,18 +367,7 @@ def run(args: argparse.Namespace) -> None:
             write_atomically(args.json, json.dumps(found, indent=2).encode())
 
 
-def main() -> int:
-    """Parse, measure, print; 2 if the user can mend it, 130 if interrupted."""
-    args = parse()
-    try:
-        run(args)
-    except ValueError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@one_sentence()
+def main() -> None:
+    """Parse, measure, print."""
+    run(parse())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from diffit.settings import setting
+
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -23,4 +25,4 @@ class CodecConfig:
     """
 
     vae: str = STABILITY_VAE.format("ema")
-    factor: int = 8
+    factor: int = setting(8, at_least=1, at_most=1024)

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY, Source
+from diffit.evaluation.scores import LABELS
 from diffit.system.files import first_line, quiet_hub
 
 SCORES = "scores.json"  # beside the weights, as the evaluator writes it by --json
@@ -17,13 +18,6 @@ LICENSES = {
     "cc-by-nc-sa-4.0": "The weights are NVIDIA's, or trained on from them: they were released as nvidia/DiffiT under "
     "CC-BY-NC-SA-4.0, which binds what is made with them too.",
     "unknown": "No licence has been chosen for these weights: say here, and in `license` above, who may use them how.",
-}
-_SCORES = {
-    "fid": "FID",
-    "inception_score": "Inception Score",
-    "sfid": "sFID",
-    "precision": "precision",
-    "recall": "recall",
 }
 _CARD = """---
 library_name: diffusers
@@ -117,7 +111,7 @@ def card_facts(source: Source, config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _score_table(scores: dict[str, Any]) -> str:
-    found = {label: scores[name] for name, label in _SCORES.items() if scores.get(name) is not None}
+    found = {label: scores[name] for name, label in LABELS.items() if scores.get(name) is not None}
     if not found:
         return ""
     files = [Path(str(scores[key])).name for key in ("samples", "reference") if scores.get(key)]

@@ -12,9 +12,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("diffit.cli.pipeline:main"))
+
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -255,23 +261,3 @@ class DiffiTPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
             return hub.upload(Path(folder), repo_id, private, token, commit_message)
-
-
-def main() -> int:
-    """Convert; 2 if the user can mend what goes wrong."""
-    from diffit.cli.parser import fail
-    from diffit.cli.pipeline import parse_convert
-
-    checkpoint, folder = parse_convert()
-    try:
-        DiffiTPipeline.from_pretrained(checkpoint).save_pretrained(folder)
-    except ValueError as error:
-        fail(str(error))
-    print(f'{folder}: DiffiTPipeline.from_pretrained("{folder}") samples from it')
-    return 0
-
-
-if __name__ == "__main__":
-    from diffit.pipeline import main as run  # the classes belong to the module, not to the program
-
-    sys.exit(run())

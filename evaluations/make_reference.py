@@ -4,13 +4,19 @@ SOURCE is a folder, a .zip, an .npz, or a torchvision data set (torchvision:CIFA
 images and 10,000 of them, as ADM's references do: moments for FID and sFID, images for precision and recall.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    from diffit.cli.run import start
+
+    sys.exit(start("evaluations.make_reference:main"))
+
+import argparse
 
 from diffit.cli.evaluate import add_backend_flags
+from diffit.cli.run import one_sentence
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.reference import make_reference, open_source
 from diffit.system.device import resolve_device
@@ -31,30 +37,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@one_sentence()
 def main(arguments: list[str] | None = None) -> int:
-    """0 if the file was written, 2 for what the user can mend."""
+    """Parse, write the file, print what it holds."""
     args = parse(arguments)
-    try:
-        if not args.out.resolve().parent.is_dir():
-            raise FileNotFoundError(f"the folder {args.out.parent} does not exist: make it first")
-        if args.out.suffix != ".npz":
-            raise ValueError(f"{args.out} must end in .npz")
-        source = open_source(args.source, args.image_size, args.data_root)
-        backend = create_backend(args.backend or "torch", args.weights, args.features, resolve_device(args.device))
-        stored = make_reference(
-            *(source, args.out, backend),
-            num_images=args.num_images,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            padding=args.padding,
-        )
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not args.out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder {args.out.parent} does not exist: make it first")
+    if args.out.suffix != ".npz":
+        raise ValueError(f"{args.out} must end in .npz")
+    source = open_source(args.source, args.image_size, args.data_root)
+    backend = create_backend(args.backend or "torch", args.weights, args.features, resolve_device(args.device))
+    stored = make_reference(
+        *(source, args.out, backend),
+        num_images=args.num_images,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        padding=args.padding,
+    )
     print(f"{args.out}: moments of {source.count} images ({backend.name}), {'x'.join(map(str, stored))} of them stored")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from diffit import DiffiTPipeline, load_model, sample_images
 from diffit.checkpoint.config import CheckpointConfig
+from diffit.cli.pipeline import main
 from diffit.components import DiffiTTransformer2DModel
-from diffit.pipeline import main
 from tests.conftest import ROOT
 from tests.local_hub import local_hub
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae

@@ -12,6 +12,13 @@ Settings of train.py may follow it, for all variants alike: run ... --steps 500 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("ablations:main"))
+
 import argparse
 import json
 import os
@@ -31,18 +38,16 @@ from studies import ROOT, load_studies, variants_for
 
 from diffit import load_model
 from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
-from diffit.cli.parser import fail
+from diffit.cli.run import one_sentence
 from diffit.cli.train import parse_train
 from diffit.config import PIXELS
 from diffit.models.config import model_config
+from diffit.settings import FREE, settings_that
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, difference, write_atomically
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.loop import train
 from diffit.training.stopping import EXIT_CODE, Stopped
-
-# What may change without making another run; scores of other --evaluation.samples are replaced.
-_FREE = {"run_dir", "data.cache", "evaluation"}
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
@@ -92,11 +97,12 @@ def check_folder(out: Path, base: TrainConfig, tasks: list[TrainTask]) -> None:
     Raises:
         ValueError: if a run in it has other settings.
     """
+    free = settings_that(FREE, TrainConfig) - {"sampling", "guidance"}  # which scores depend on
     planned = {Path(task.config.run_dir): as_tree(task.config) for task in tasks}
     for path in sorted(out.glob("*/*/config.yaml")):
         found = yaml.safe_load(path.read_text())
         other = as_tree(base) | {"network": found["network"], "seed": found["seed"]}
-        changed = difference(found, planned.get(path.parent, other), _FREE)
+        changed = difference(found, planned.get(path.parent, other), free)
         if changed:
             raise ValueError(f"{path.parent} was trained with other settings ({changed}): choose another --out")
 
@@ -127,6 +133,7 @@ def train_and_score(task: TrainTask, curve: bool) -> None:
         print(f"step {int(name)}: {shown}", flush=True)
 
 
+@one_sentence("stopped: the same command goes on from the newest checkpoint")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -150,16 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_report(args.doc, args.outs, load_studies())
         else:
             print(cost_table(load_studies()))
-    except (ValueError, FileNotFoundError) as error:
-        fail(str(error))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_CODE
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

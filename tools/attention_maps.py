@@ -10,8 +10,14 @@ Windowed networks look within a window; the rest of the picture is left white.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("attention_maps:main"))
+
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +31,7 @@ from torch import Tensor, nn
 
 from diffit import load_model, sample_images
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.cli.parser import fail
+from diffit.cli.run import one_sentence
 from diffit.codec import create_codec
 from diffit.sampling.attention import Maps, Position, average, watch
 from diffit.sampling.labels import class_names
@@ -94,6 +100,7 @@ def draw_strip(moments: Sequence[Moment], names: Sequence[str], at: Position, pe
     return figure
 
 
+@one_sentence()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", default="Diffit-Fashion", help="checkpoint (default: the bundled model)")
@@ -106,25 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("attention_maps.png"))
     args = parser.parse_args(argv)
-    try:
-        if min(args.num_samples, args.moments) < 1:
-            raise ValueError("--num_samples and --moments must be at least 1")
-        device, at = resolve_device(args.device), (args.token[0], args.token[1])
-        model, config = load_model(args.model_path)
-        settings = {"num_samples": args.num_samples, "batch_size": args.num_samples, "seed": args.seed}
-        moments, labels = record(model, config, at, args.moments, device, class_labels=args.class_labels, **settings)
-        known = class_names(config)
-        names = [known[int(y)] if known else f"sample {i}" for i, y in enumerate(labels)]
-        figure = draw_strip(moments, names, at, args.per_block)
-        token = "the central token" if at == (0.5, 0.5) else "the marked token"
-        what = f"{config.model} ({config.network.conditioning}): noise to image"
-        figure.suptitle(f"Attention of {token} (red) to all others while sampling,\n{what}", fontsize=11)
-        save_figure(figure, args.out)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    if min(args.num_samples, args.moments) < 1:
+        raise ValueError("--num_samples and --moments must be at least 1")
+    device, at = resolve_device(args.device), (args.token[0], args.token[1])
+    model, config = load_model(args.model_path)
+    settings = {"num_samples": args.num_samples, "batch_size": args.num_samples, "seed": args.seed}
+    moments, labels = record(model, config, at, args.moments, device, class_labels=args.class_labels, **settings)
+    known = class_names(config)
+    names = [known[int(y)] if known else f"sample {i}" for i, y in enumerate(labels)]
+    figure = draw_strip(moments, names, at, args.per_block)
+    token = "the central token" if at == (0.5, 0.5) else "the marked token"
+    what = f"{config.model} ({config.network.conditioning}): noise to image"
+    figure.suptitle(f"Attention of {token} (red) to all others while sampling,\n{what}", fontsize=11)
+    save_figure(figure, args.out)
     print(args.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,6 +8,13 @@ reference   make the reference, of the real images as the bundled classifier see
 On a GPU 120 epochs of the VAE take minutes, on two CPU cores a day. A new classifier needs a new reference.
 """
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("fashion:main"))
+
 import argparse
 import json
 import time
@@ -27,6 +34,7 @@ from tqdm import tqdm, trange
 
 from diffit.checkpoint.resolve import BUNDLED
 from diffit.checkpoint.weights import load_model, save_checkpoint
+from diffit.cli.run import one_sentence
 from diffit.data.datasets import fashion_mnist
 from diffit.evaluation.fashion import CLASSIFIER, FEATURES, REFERENCE, FashionClassifier
 from diffit.evaluation.features import create_backend
@@ -191,6 +199,7 @@ def make_reference(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.out.stat().st_size} bytes, of {backend.name}; all test images: {scores}")
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(metavar="PART", required=True)
@@ -221,7 +230,3 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(getattr(args, "seed", 0))
     args.make(args)
-
-
-if __name__ == "__main__":
-    main()

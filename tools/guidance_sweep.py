@@ -10,9 +10,15 @@ it was stopped.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("guidance_sweep:main"))
+
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +27,7 @@ from plots import new_figure, save_figure
 from scoring import draw, open_scorer
 
 from diffit import load_model
-from diffit.cli.parser import fail
+from diffit.cli.run import one_sentence
 from diffit.system.device import resolve_device
 from diffit.system.files import as_tree, difference, write_atomically
 
@@ -86,6 +92,7 @@ def plot(results: Results, title: str, path: Path) -> None:
     save_figure(figure, path)
 
 
+@one_sentence("stopped: the same command goes on from there")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", default="Diffit-Fashion", help="checkpoint (default: the bundled model)")
@@ -99,18 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="the picture (default: guidance_sweep.png in that folder)")
     args = parser.parse_args(argv)
     picture = args.plot or args.out / "guidance_sweep.png"
-    try:
-        results = sweep(args)
-        plot(results, f"{args.model_path}, {args.num_samples:,} samples", picture)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from there", file=sys.stderr)
-        return 130
+    results = sweep(args)
+    plot(results, f"{args.model_path}, {args.num_samples:,} samples", picture)
     name, scale, distance = best(results)
     print(f"best: {name} at scale {scale:g}, Frechet distance {distance:.4g} ({picture})")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

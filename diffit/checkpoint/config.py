@@ -9,6 +9,7 @@ from typing import Any
 from diffit.config import PIXELS, CodecConfig
 from diffit.diffusion.config import SAMPLERS, GuidanceConfig, ProcessSettings, SamplingConfig, fitting_processes
 from diffit.models.config import DiffiTConfig, NetworkConfig, model_config
+from diffit.settings import check_settings
 
 METADATA_KEY = "diffit"  # of a safetensors file's metadata, whose value is the config as JSON
 
@@ -32,14 +33,14 @@ class CheckpointConfig(ProcessSettings):
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointConfig:
-        """The inverse of to_json. Raises TypeError or KeyError if the text is not of this version."""
+        """The inverse of to_json. Raises TypeError, KeyError or ValueError if it is of another version."""
         tree = json.loads(text)
         guidance = tree["guidance"]
         guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
         # Files written before a process existed lack its node and get its defaults.
         nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
         known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
-        return cls(
+        config = cls(
             model=tree["model"],
             network=model_config(tree["model"], **tree["network"]),
             process=tree.get("process", "gaussian"),
@@ -48,6 +49,8 @@ class CheckpointConfig(ProcessSettings):
             made_by=tree["made_by"],
             **known,
         )
+        check_settings(config, "")
+        return config
 
 
 # The published settings of the released weights: image size -> file and guidance.

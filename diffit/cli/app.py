@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffit.checkpoint.resolve import find_checkpoint
-from diffit.cli.parser import build_parser, fail, given_arguments, instantiate, refusing
+from diffit.cli.parser import build, given_arguments, parse
+from diffit.cli.run import one_sentence
 from diffit.cli.settings import Command
 from diffit.sampling.config import AppConfig, AppTask
 
@@ -19,28 +20,19 @@ COMMAND = Command(
 )
 
 
-def main() -> int:
-    """Parse, load, serve until Ctrl+C; 2 if the user can mend it."""
+@one_sentence()
+def main() -> None:
+    """Parse, load, serve until Ctrl-C."""
     task = parse_app()
     try:
         from diffit.demo import serve  # loads PyTorch and Gradio, which --help does without
-
-        serve(task)
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        fail(GRADIO)
-    except ValueError as error:
-        fail(str(error))
-    return 0
+        raise ValueError(GRADIO) if error.name == "gradio" else error from None
+    serve(task)
 
 
+@one_sentence()
 def parse_app(argv: Sequence[str] | None = None) -> AppTask:
     """Resolve app.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    config: AppConfig
-    arguments = given_arguments(COMMAND, argv)
-    with refusing():
-        config, _ = instantiate(build_parser(AppConfig, COMMAND.prog), AppConfig, arguments)
-        if not 1 <= config.port <= 65535:
-            raise ValueError(f"--port must be between 1 and 65535, not {config.port}")
-        return AppTask(config, *find_checkpoint(config.model, config.model_path, config.image_size))
+    config = build(AppConfig, parse(COMMAND, given_arguments(COMMAND, argv)))
+    return AppTask(config, *find_checkpoint(config.model, config.model_path, config.image_size))

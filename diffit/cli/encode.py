@@ -1,10 +1,11 @@
-"""The configuration of python -m diffit.data.encode."""
+"""The command python -m diffit.data.encode."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffit.cli.parser import build_parser, check_numbers, given_arguments, instantiate, refusing
+from diffit.cli.parser import build, given_arguments, parse
+from diffit.cli.run import one_sentence
 from diffit.cli.settings import Command
 from diffit.data.config import EncodeConfig
 
@@ -17,13 +18,19 @@ COMMAND = Command(
 )
 
 
+@one_sentence("stopped: the same command goes on with the shards that are missing")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, encode, print what came of it."""
+    config = parse_encode(argv)
+    from diffit.data.encode import encode  # loads PyTorch, which --help does without
+
+    encode(config)
+
+
+@one_sentence()
 def parse_encode(argv: Sequence[str] | None = None) -> EncodeConfig:
     """Resolve the command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    config: EncodeConfig
-    arguments = given_arguments(COMMAND, argv)
-    with refusing():
-        config, _ = instantiate(build_parser(EncodeConfig, COMMAND.prog), EncodeConfig, arguments)
-        if not config.out:
-            raise ValueError("say where the latents go: --out FOLDER")
-        check_numbers(config, "image_size", "shard_size")
+    config = build(EncodeConfig, parse(COMMAND, given_arguments(COMMAND, argv)))
+    if not config.out:
+        raise ValueError("say where the latents go: --out FOLDER")
     return config

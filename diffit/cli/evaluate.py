@@ -6,6 +6,13 @@ Prints Inception Score, FID, sFID, Precision and Recall. Without arguments: of t
 model are compared with a bundled reference, beside real images. Under torchrun the ranks share the images.
 """
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("diffit.cli.evaluate:main"))
+
 import argparse
 import json
 import sys
@@ -13,27 +20,18 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from diffit.cli.run import one_sentence
 from diffit.evaluation import fashion
 from diffit.evaluation.checks import check_images, check_labels, check_pair, class_labels
 from diffit.evaluation.downloads import REFERENCES, SELF_TEST_SAMPLES, cached
 from diffit.evaluation.features import INCEPTION, create_backend
 from diffit.evaluation.reader import ImageSource, open_images
-from diffit.evaluation.scores import Scores, load_reference, score_images, share
+from diffit.evaluation.scores import LABELS, NEEDS, Scores, load_reference, score_images, share
 from diffit.evaluation.statistics import SingularCovarianceWarning
 from diffit.system.device import resolve_device
-from diffit.system.distributed import World, main_first, on_main, start, stop
+from diffit.system.distributed import World, joined, main_first, on_main
 from diffit.system.files import write_atomically
 
-# Field of `Scores` -> what is printed before it, if it is defined; the last five are ADM's, in its order.
-LABELS = {
-    "accuracy": "Classified as asked",
-    "inception_score": "Inception Score",
-    "fid": "FID",
-    "sfid": "sFID",
-    "precision": "Precision",
-    "recall": "Recall",
-}
-_NEEDS = {"sfid": "Inception's spatial features"} | dict.fromkeys(("precision", "recall"), "more than 3 samples")
 # What ADM's README says of its public pair, and what half precision and other hardware may move.
 _PUBLISHED = {
     "inception_score": (215.837, 0.1),
@@ -166,8 +164,8 @@ def _lines(scores: Scores, test: Scores | None) -> list[str]:
             lines.append(f"{label}: {value:.4f}  ({test.count} real test images: {real:.4f})")
         elif value is not None:
             lines.append(f"{label}: {value}")
-        elif field in _NEEDS:
-            lines.append(f"{label}: not defined, it needs {_NEEDS[field]}")
+        elif NEEDS[field]:
+            lines.append(f"{label}: not defined, it needs {NEEDS[field]}")
     return lines
 
 
@@ -205,25 +203,12 @@ def self_test(scores: Scores) -> bool:
     return good
 
 
+@one_sentence()
 def main(arguments: list[str] | None = None) -> int:
-    """0 if all went well, 1 if the self-test failed, 2 for what the user can mend."""
-    args, world = parse(arguments), World()
-    try:
-        world = start(resolve_device(args.device))
+    """Parse, score, print; returns 1 if the self-test failed."""
+    args = parse(arguments)
+    with joined(resolve_device(args.device)) as world:
         if args.self_test:
             args.reference, args.samples = cached(REFERENCES[256]), cached(SELF_TEST_SAMPLES)
         scores = evaluate(args, world)
         return 0 if not args.self_test or self_test(scores) else 1
-    except (ValueError, FileNotFoundError) as error:
-        if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    finally:
-        stop()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

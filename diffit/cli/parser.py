@@ -1,60 +1,39 @@
-"""What all command lines share: the parser of a dataclass tree, and how a program ends on a user's error."""
+"""From a command line to a dataclass tree: values by dotted name, of files and, over them, of flags."""
 
 from __future__ import annotations
 
-import contextlib
+import difflib
 import re
 import sys
-import time
-from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, NoReturn
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
 
-from diffit.cli.settings import Command, Setting, fits, form_of, help_text, one_argument, settings_of, words_of
-from diffit.system.ranks import detect_world
+from diffit.cli.settings import Command, Setting, form_of, help_text, settings_of
+from diffit.settings import alternatives, check_setting, check_settings, fits, type_hints, words_of
 
-_PATIENCE = 5.0  # seconds that the other ranks leave the first one to speak, before the launcher ends it with them
-_KEY = re.compile(r'^"([\w.]+)"|^argument --([\w.]+)')
-_VALUE = re.compile(r".*(?:Given|Got) value: (.*)")
-
-
-def fail(message: str) -> NoReturn:
-    """Print one sentence and end with exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+T = TypeVar("T")
 
 
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """Around what every rank knows, from the command line: the first rank of each machine says what is wrong with it.
-
-    torchrun ends all ranks as soon as one has failed, so that the others wait for the sentence before they fail too.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if detect_world().local_rank == 0:
-            fail(str(error))
-        time.sleep(_PATIENCE)
-        raise SystemExit(2) from error
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-4 is one, where YAML 1.1 asks for 1.0e-4."""
 
 
-def build_parser(config_class: type, prog: str, description: str = "", epilog: str = "") -> ArgumentParser:
-    """A parser whose flags are the fields of a dataclass tree; YAML files come in by --config."""
-    parser = ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        add_help=False,  # see `help_text`
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="a YAML file with any of the settings; flags override it")
-    parser.add_class_arguments(config_class, as_group=True)
-    return parser
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9.]*[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
+
+
+def given_arguments(command: Command, argv: Sequence[str] | None) -> list[str]:
+    """The arguments, by default the program's; prints the help and ends the program if they ask for it."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(help_text(command), end="")
+        raise SystemExit(0)
+    return list(argv)
 
 
 def split_flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -69,73 +48,117 @@ def split_flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str], list[str]
         yield flag, [value, *group[1:]] if equals else group[1:], group
 
 
-def given_arguments(command: Command, argv: Sequence[str] | None) -> list[str]:
-    """The arguments, by default the program's; prints the help and ends the program if they ask for it.
-
-    --config moves to the front: where it stands, it would override the flags before it.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(help_text(command), end="")
-        raise SystemExit(0)
-    groups = sorted(split_flags(argv), key=lambda each: each[0] != "--config")
-    return [word for _, _, group in groups for word in group]
-
-
-def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str], defaults: bool = True) -> Namespace:
-    """The parsed arguments, and the defaults of the settings that they leave out.
+def parse(command: Command, arguments: Sequence[str]) -> dict[str, Any]:
+    """What --config files and, over them, flags set: dotted name of a setting -> value.
 
     Raises:
         ValueError: in one sentence, for an unknown setting or a value that does not fit.
     """
-    settings = {setting.key: setting for setting in settings_of(config_class)}
-    flags, given, more = {f"--{key}" for key in settings}, [], f"; {parser.prog} --help lists all settings"
-    for flag, values, group in split_flags(arguments):
-        given += [flag, *one_argument(settings[flag[2:]], values)] if flag in flags else group
+    settings = {setting.key: setting for setting in settings_of(command.config_class)}
+    split = [(flag, values) for flag, values, _ in split_flags(arguments)]
+    files = [_read_file(values) for flag, values in split if flag == "--config"]
+    written = [pair for tree in files for pair in _leaves(tree, settings)]
+    for flag, values in split:
+        if flag != "--config":
+            if not flag.startswith("--"):
+                raise ValueError(f"'{flag}' belongs to no flag; {command.prog} --help lists all settings")
+            setting = settings.get(flag[2:])
+            written.append((flag[2:], _value(setting, values) if setting else _yaml(" ".join(values))))
+    given: dict[str, Any] = {}
+    for key, value in written:
+        node, _, rest = key.partition(".")
+        if key in settings:
+            check_setting(f"--{key}", settings[key].hint, settings[key].range, value)
+            given[key] = _converted(settings[key].hint, value)
+        elif rest and node in settings and get_origin(settings[node].hint) is dict:  # an entry of a mapping
+            given[node] = {**given.get(node, {}), rest: value}
+        else:
+            raise ValueError(_unknown(key, settings) + f"; {command.prog} --help lists all settings")
+    return given
+
+
+def build(config_class: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass tree of these values by dotted name; the others have their defaults.
+
+    Raises:
+        ValueError: in one sentence, for a value that does not fit.
+    """
+    config = _build(config_class, values, "")
+    check_settings(config)
+    return config
+
+
+def _build(config_class: type, values: Mapping[str, Any], prefix: str) -> Any:
+    own = {}
+    for each in fields(config_class):
+        key, hint = f"{prefix}{each.name}", type_hints(config_class)[each.name]
+        if is_dataclass(hint):
+            own[each.name] = _build(hint, values, f"{key}.")  # type: ignore[arg-type]
+        elif key in values:
+            own[each.name] = values[key]
+    return config_class(**own)
+
+
+def _read_file(values: Sequence[str]) -> dict[str, Any]:
+    path = Path(" ".join(values)).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file")
     try:
-        parsed = parser.parse_args(given, defaults=defaults)
-    except ArgumentError as error:
-        raise ValueError(_explained(str(error), settings) + more) from error
-    for key, setting in settings.items():  # the parser lets a value for a group pass, and some choices that are none
-        if setting.node in parsed and not isinstance(parsed[setting.node], Namespace):
-            raise ValueError(_of_a_node(setting.node) + more)
-        if key in parsed and not fits(setting.hint, parsed[key]):
-            raise ValueError(_must_be(setting, parsed[key]) + more)
-    return parsed
+        tree = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"--config {path} must hold settings as NAME: VALUE")
+    return tree
 
 
-def instantiate(parser: ArgumentParser, config_class: type, arguments: Sequence[str]) -> tuple[Any, Namespace]:
-    """The config that the arguments make, and all that was parsed. Raises ValueError as `parse` does."""
-    tree = parser.instantiate(parse(parser, config_class, arguments))
-    return config_class(**{each.name: tree[each.name] for each in fields(config_class)}), tree
+def _leaves(tree: Mapping[str, Any], settings: Mapping[str, Setting], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a file by dotted name."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in settings:
+            yield from _leaves(value, settings, f"{key}.")
+        else:
+            yield key, value
 
 
-def check_numbers(config: Any, *positive: str) -> None:
-    """Refuse what must be at least 1 and is not, and a seed that is not of 64 bits."""
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    if not 0 <= getattr(config, "seed", 0) < 2**64:
-        raise ValueError(f"--seed must be between 0 and 2^64 - 1, not {config.seed}")
+def _value(setting: Setting, values: Sequence[str]) -> Any:
+    """The values that follow a flag: several are a list, a switch alone is true, and where a text fits it is one."""
+    if list[str] in alternatives(setting.hint):
+        return list(values)
+    if not values:
+        if setting.hint is bool:
+            return True
+        form = form_of(setting.hint)
+        raise ValueError(f"--{setting.key} needs a value, {words_of(setting.hint)}: --{setting.key} {form}")
+    if len(values) > 1 and not any(get_origin(choice) in (tuple, list) for choice in alternatives(setting.hint)):
+        raise ValueError(f"--{setting.key} takes one value, {words_of(setting.hint)}, not {' '.join(values)}")
+    text = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+    value = _yaml(text)
+    return value if fits(setting.hint, value) and not isinstance(value, str) else text
 
 
-def _explained(error: str, settings: Mapping[str, Setting]) -> str:
-    """What the parser says, in one line; of a setting, what it may be."""
-    sentence = " ".join(error.split()).replace('Parser key "', '"')
-    found, value = _KEY.match(sentence), _VALUE.match(sentence)
-    key = (found[1] or found[2]) if found else ""
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def _converted(hint: Any, value: Any) -> Any:
+    """A value as its type has it: YAML writes 1 for 1.0 and lists for tuples."""
+    hint = next(choice for choice in alternatives(hint) if fits(choice, value))
+    if hint is float:
+        return float(value)
+    if get_origin(hint) in (tuple, list):
+        inner = hint.__args__
+        several = [inner[0]] * len(value) if inner[-1] is Ellipsis or get_origin(hint) is list else inner
+        return get_origin(hint)(map(_converted, several, value))
+    return value
+
+
+def _unknown(key: str, settings: Mapping[str, Setting]) -> str:
     if any(name.startswith(f"{key}.") for name in settings):
-        return _of_a_node(key)
-    if key not in settings:
-        return sentence
-    if value:
-        return _must_be(settings[key], value[1])
-    return f"--{key} needs a value, {words_of(settings[key].hint)}: --{key} {form_of(settings[key].hint)}"
-
-
-def _must_be(setting: Setting, value: Any) -> str:
-    return f'"{setting.key}" must be {words_of(setting.hint)}, not {value}: --{setting.key} {form_of(setting.hint)}'
-
-
-def _of_a_node(key: str) -> str:
-    return f'"{key}" is a group of settings and takes no value of its own: set --{key}.NAME'
+        return f"--{key} is a group of settings and takes no value of its own: set --{key}.NAME"
+    close = difflib.get_close_matches(key, settings, 1)
+    return f"there is no setting --{key}" + (f": did you mean --{close[0]}?" if close else "")

@@ -1,13 +1,16 @@
-"""The command line of python -m diffit.pipeline."""
+"""The command python -m diffit.pipeline."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
+from diffit.cli.run import one_sentence
 
-def parse_convert(argv: Sequence[str] | None = None) -> tuple[str, str]:
-    """The checkpoint and the folder to write. Ends the program with exit code 2 if they are not both there."""
+
+@one_sentence()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, write the folder, print what reads it."""
     parser = ArgumentParser(
         prog="python -m diffit.pipeline",
         description="Write a checkpoint as a folder that diffusers reads: python -m diffit.pipeline runs/mine my_model",
@@ -19,4 +22,7 @@ def parse_convert(argv: Sequence[str] | None = None) -> tuple[str, str]:
     )
     parser.add_argument("folder", help="where the pipeline is written")
     arguments = parser.parse_args(argv)
-    return arguments.checkpoint, arguments.folder
+    from diffit.pipeline import DiffiTPipeline  # loads PyTorch and diffusers, which --help does without
+
+    DiffiTPipeline.from_pretrained(arguments.checkpoint).save_pretrained(arguments.folder)
+    print(f'{arguments.folder}: DiffiTPipeline.from_pretrained("{arguments.folder}") samples from it')

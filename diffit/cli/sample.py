@@ -11,7 +11,8 @@ import yaml
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import Source, find_checkpoint
-from diffit.cli.parser import build_parser, check_numbers, fail, given_arguments, instantiate, parse, refusing
+from diffit.cli.parser import build, given_arguments, parse
+from diffit.cli.run import one_sentence
 from diffit.cli.settings import Command
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.config import PIXELS
@@ -34,50 +35,38 @@ COMMAND = Command(
 )
 
 
-def main() -> int:
-    """Parse, sample, say where the samples are; 2 if the user can mend it, 130 if interrupted."""
-    task, world = parse_sample(), detect_world()
+@one_sentence("stopped: the same command continues from here")
+def main() -> None:
+    """Parse, sample, print where the samples are."""
+    task = parse_sample()
     if task.config.dry_run:
         print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
-        return 0
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from diffit.sampling.generate import generate  # loads PyTorch, which --help and --dry_run do without
 
-    try:
-        path = generate(task)
-    except ValueError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        if world.is_main:
-            print("\nstopped: the same command continues from here", file=sys.stderr)
-        return 130
-    if world.is_main:
+    path = generate(task)
+    if detect_world().is_main:
         print(f"{path}  (pictures: {path.with_name('grid.png')})")
-    return 0
 
 
+@one_sentence()
 def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
     """Resolve sample.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
-    arguments = given_arguments(COMMAND, argv)
-    parser = build_parser(SampleConfig, COMMAND.prog)
-    with refusing():
-        arguments = upstream_arguments(arguments)
-        named = parse(parser, SampleConfig, arguments)
-        source, checkpoint = find_checkpoint(named.model, named.model_path, named.image_size)
-        recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size, "process": checkpoint.process}
-        for node in fields(ProcessSettings)[1:]:
-            for key, value in asdict(getattr(checkpoint, node.name)).items():
-                recommended[f"{node.name}.{key}"] = value
-        if named.fast and checkpoint.process_config.num_timesteps is not None:
-            recommended["guidance.skip_below"] = SKIP_BELOW
-        parser.set_defaults(recommended)
-        config, _ = instantiate(parser, SampleConfig, arguments)
-        _check(config, source, checkpoint)
-        return SampleTask(config, source, checkpoint)
+    given = parse(COMMAND, upstream_arguments(given_arguments(COMMAND, argv)))
+    source, checkpoint = find_checkpoint(given.get("model"), given.get("model_path"), given.get("image_size"))
+    recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size, "process": checkpoint.process}
+    for node in fields(ProcessSettings)[1:]:
+        for key, value in asdict(getattr(checkpoint, node.name)).items():
+            recommended[f"{node.name}.{key}"] = value
+    if given.get("fast") and checkpoint.process_config.num_timesteps is not None:
+        recommended["guidance.skip_below"] = SKIP_BELOW
+    config = build(SampleConfig, recommended | given)
+    _check(config, source, checkpoint)
+    return SampleTask(config, source, checkpoint)
 
 
 def _check(config: SampleConfig, source: Source, checkpoint: CheckpointConfig) -> None:
-    check_numbers(config, "num_samples", "batch_size")
     if config.class_labels is not None and not config.class_labels:
         raise ValueError("--class_labels needs at least one class")
     if config.process != checkpoint.process:

@@ -1,27 +1,24 @@
-"""The settings of a command line, read from its dataclass tree: what each may be, in the words of help and errors."""
+"""The settings of a command line, read from its dataclass tree, and its help."""
 
 from __future__ import annotations
 
 import functools
-import json
-import re
 import shutil
 import textwrap
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse
 
-_SCALARS = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "a text")}
-_SCALARS[bool] = ("true|false", "true or false")
-_COUNTS = {2: "two", 3: "three"}
+from diffit.settings import Range, type_hints, written
+
+_FORMS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A leaf of the tree: its dotted key, its type, its default and what its dataclass says of it.
+    """A leaf of the tree: its dotted key, type, default and range, and the text on it in its dataclass.
 
     node and title: key and first words of the dataclass; the key of the root is empty.
     """
@@ -29,6 +26,7 @@ class Setting:
     key: str
     hint: Any
     default: Any
+    range: Range | None
     doc: str
     node: str
     title: str
@@ -59,7 +57,7 @@ class Command:
 def settings_of(config_class: type, prefix: str = "") -> tuple[Setting, ...]:
     """All leaves of a dataclass tree, in the order of its fields."""
     found: list[Setting] = []
-    hints, docs = get_type_hints(config_class), _field_docs(config_class)
+    hints, docs = type_hints(config_class), _field_docs(config_class)
     title = (config_class.__doc__ or "").splitlines()[0].rstrip(".")
     for each in fields(config_class):
         hint = hints[each.name]
@@ -68,7 +66,8 @@ def settings_of(config_class: type, prefix: str = "") -> tuple[Setting, ...]:
         else:
             default = each.default if each.default_factory is MISSING else each.default_factory()
             doc = docs.get(each.name, "")
-            found.append(Setting(prefix + each.name, hint, default, doc, prefix.rstrip("."), title))
+            allowed = each.metadata.get("range")
+            found.append(Setting(prefix + each.name, hint, default, allowed, doc, prefix.rstrip("."), title))
     return tuple(found)
 
 
@@ -81,69 +80,19 @@ def _field_docs(config_class: type) -> dict[str, str]:
     return docs
 
 
-def choices_of(hint: Any) -> list[Any]:
-    """What is written on a command line: the alternatives of a union, but None; one or more for one or several."""
-    if get_origin(hint) not in (Union, types.UnionType):
-        return [hint]
-    choices = [choice for choice in get_args(hint) if choice is not types.NoneType]
-    several = [get_args(choice)[0] for choice in choices if get_origin(choice) is list]
-    return [choice for choice in choices if choice not in several]
-
-
-def _alternatives(hint: Any) -> Iterator[tuple[str, list[str]]]:
-    """How each choice is written on the command line, and what it may be in words."""
-    for choice in choices_of(hint):
-        origin, inner = get_origin(choice), get_args(choice)
-        if choice in _SCALARS:
-            form, words = _SCALARS[choice]
-            yield form, [words]
-        elif origin is Literal:
-            yield "|".join(map(str, inner)), list(map(str, inner))
-        elif origin in (tuple, list):
-            several = origin is list or inner[-1] is Ellipsis
-            form = f"{form_of(inner[0])} ..." if several else " ".join(map(form_of, inner))
-            count = "one or more" if several else _COUNTS[len(inner)]
-            yield form, [f"{count} {re.sub('^an? ', '', words_of(inner[0]))}s"]
-        else:
-            yield "'{KEY: VALUE, ...}'", ["a mapping of names to values"]
-
-
 def form_of(hint: Any) -> str:
     """How a value of a type is written on the command line, such as 'N N'."""
-    return " | ".join(form for form, _ in _alternatives(hint))
+    return " | ".join(map(_form, written(hint)))
 
 
-def words_of(hint: Any) -> str:
-    """What a value of a type may be, as it ends the sentence 'it must be'."""
-    *others, last = [word for _, words in _alternatives(hint) for word in words]
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def fits(hint: Any, value: Any) -> bool:
-    """Whether a value, as YAML has it, is of a type; lists count as tuples."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(choice, value) for choice in inner)
+def _form(choice: Any) -> str:
+    origin, inner = get_origin(choice), get_args(choice)
     if origin is Literal:
-        return value in inner
+        return "|".join(map(str, inner))
     if origin in (tuple, list):
-        if not isinstance(value, (tuple, list)):
-            return False
-        several = [inner[0]] * len(value) if origin is list or inner[-1] is Ellipsis else inner
-        return len(value) == len(several) and all(map(fits, several, value))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def one_argument(setting: Setting, values: Sequence[str]) -> list[str]:
-    """The values that follow a flag, as the parser takes them: lists and tuples in one, a switch alone as true."""
-    items = [get_args(choice)[0] for choice in choices_of(setting.hint) if get_origin(choice) in (list, tuple)]
-    if items == [str]:
-        return [json.dumps(list(values))]
-    if items and len(values) > 1:
-        return [f"[{', '.join(values)}]"]
-    return ["true"] if setting.hint is bool and not values else list(values)
+        several = origin is list or inner[-1] is Ellipsis
+        return f"{form_of(inner[0])} ..." if several else " ".join(map(form_of, inner))
+    return _FORMS.get(choice, "'{KEY: VALUE, ...}'")
 
 
 def help_text(command: Command) -> str:
@@ -169,13 +118,14 @@ def help_text(command: Command) -> str:
 
 
 def _explained(setting: Setting, follows: Mapping[str, str]) -> str:
-    """The doc of a setting, and its default or whose default it has."""
+    """The text on a setting, its range, and its default or whose default it has."""
     default: Any = follows.get(setting.key, follows.get(setting.key.partition(".")[0], setting.default))
     if isinstance(default, bool):
         default = str(default).lower()
     elif isinstance(default, tuple):
         default = " ".join(map(str, default))
-    return setting.doc + (f" [{default}]" if default not in (None, "", {}) else "")
+    allowed = f" ({setting.range})" if setting.range else ""
+    return setting.doc + allowed + (f" [{default}]" if default not in (None, "", {}) else "")
 
 
 def _entry(flag: str, text: str, width: int) -> list[str]:

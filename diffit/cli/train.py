@@ -6,16 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_type_hints
 
 import yaml
 
 from diffit.checkpoint.config import default_config
-from diffit.cli.parser import build_parser, check_numbers, fail, given_arguments, instantiate, parse, refusing
-from diffit.cli.settings import Command, fits, words_of
+from diffit.cli.parser import build, given_arguments, parse, split_flags
+from diffit.cli.run import one_sentence
+from diffit.cli.settings import Command
 from diffit.config import PIXELS
 from diffit.diffusion.config import check_process, fitting_processes
 from diffit.models.config import DiffiTConfig, model_config
+from diffit.settings import SAME, settings_that
 from diffit.system.files import as_tree
 from diffit.system.ranks import detect_world
 from diffit.training.config import TrainConfig, TrainTask, find_start
@@ -38,58 +39,47 @@ COMMAND = Command(
 )
 
 
+@one_sentence("stopped: the same command goes on from the newest checkpoint")
 def main() -> int:
-    """Parse, train, say where the weights are; 2 if the user can mend it, 75 if asked to stop, 130 if interrupted."""
+    """Parse, train, print where the weights are; returns 75 if a signal stopped the run."""
     task, world = parse_train(), detect_world()
     if task.config.dry_run:
         from diffit.system.device import resolve_device
         from diffit.training.estimate import report
 
-        with refusing():
-            cost = report(task.config, world.size, resolve_device(task.config.device))
+        cost = report(task.config, world.size, resolve_device(task.config.device))
         print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
         print("\n".join(f"# {line}" for line in cost.splitlines()))
         return 0
-    with refusing():
-        check_data(task.config)
+    check_data(task.config)
     from diffit.training.loop import train
     from diffit.training.stopping import EXIT_CODE, Stopped
 
     try:
         path = train(task)
-    except (ValueError, FileNotFoundError) as error:
-        fail(str(error))
     except Stopped as stopped:
         if world.is_main:
             print(stopped, file=sys.stderr)
         return EXIT_CODE
-    except KeyboardInterrupt:
-        if world.is_main:
-            print("\nstopped: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
     if world.is_main:
         print(f"{path}  (python sample.py --model_path {path})")
     return 0
 
 
+@one_sentence()
 def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
     """Resolve train.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
     arguments = given_arguments(COMMAND, argv)
-    parser = build_parser(TrainConfig, COMMAND.prog)
-    with refusing():
-        given = parse(parser, TrainConfig, arguments, defaults=False)
-        model, network = given.get("model", TrainConfig.model), given.get("network", {})
-        hints = get_type_hints(type(model_config(model, **network)))
-        for key, value in network.items():
-            if not fits(hints[key], value):
-                raise ValueError(f"--network.{key} must be {words_of(hints[key])}, not {value}")
-        known = default_config(model, process=given.get("process"), **network)
-        follows = {"process": known.process, "codec.vae": known.codec.vae, "codec.factor": known.codec.factor}
-        follows |= {f"sampling.{key}": getattr(known.sampling, key) for key in ("sampler", "num_sampling_steps")}
-        parser.set_defaults(follows)
-        config, tree = instantiate(parser, TrainConfig, arguments)
-        _check(config)
-        return TrainTask(config, str((tree.config or ["command line"])[0]))
+    given = parse(COMMAND, arguments)
+    known = default_config(
+        given.get("model", TrainConfig.model), process=given.get("process"), **given.get("network", {})
+    )
+    follows = {"process": known.process, "codec.vae": known.codec.vae, "codec.factor": known.codec.factor}
+    follows |= {f"sampling.{key}": getattr(known.sampling, key) for key in ("sampler", "num_sampling_steps")}
+    config = build(TrainConfig, follows | given)
+    _check(config)
+    recipes = [values[0] for flag, values, _ in split_flags(arguments) if flag == "--config"]
+    return TrainTask(config, (recipes or ["command line"])[0])
 
 
 def check_data(config: TrainConfig) -> None:
@@ -118,32 +108,22 @@ def check_data(config: TrainConfig) -> None:
 def _check(config: TrainConfig) -> None:
     latent, pixels = isinstance(model_config(config.model, **config.network), DiffiTConfig), config.codec.vae == PIXELS
     space = "latents" if latent else "pixels"
-    fitting, rates, wanted = fitting_processes(space), config.ema_rates, config.evaluation
+    fitting, rates, scored = fitting_processes(space), config.ema_rates, config.evaluation
     if config.process not in fitting or latent == pixels:
         raise ValueError(f"{config.model} needs --process {' or '.join(fitting)} and a --codec.vae of {space}")
     check_process(config.process_config, config.sampling, config.guidance)
-    if not 0 <= config.data.augment <= 1 or (config.data.augment and latent):
-        raise ValueError(f"--data.augment is a probability, and for pixels only: it cannot be {config.data.augment}")
-    check_numbers(config, "steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep")
-    if config.keep_every < 0 or config.keep_every % config.save_every:
+    if config.data.augment and latent:
+        raise ValueError(f"--data.augment is for pixels alone, and {config.model} sees latents: leave it out")
+    if config.keep_every % config.save_every:
         raise ValueError(
             f"--keep_every {config.keep_every} must be a multiple of --save_every {config.save_every}: other steps "
             "have no checkpoint"
         )
-    if config.preview_every < 0:
-        raise ValueError(f"--preview_every must be at least 0, not {config.preview_every}")
     if not rates or len(set(rates)) < len(rates):
         raise ValueError(f"the EMAs {rates} must be at least one, and all different")
-    for rate in rates:
-        if config.ema_half_life is None and not 0 <= rate < 1:
-            raise ValueError(f"--ema_decay must lie in [0, 1), not {rate}")
-        if config.ema_half_life is not None and rate <= 0:
-            raise ValueError(f"--ema_half_life must be above 0 images, not {rate}")
-    if wanted.every < 0 or wanted.samples < 2 or wanted.batch_size < 1:
-        raise ValueError("--evaluation needs every >= 0, samples >= 2 and batch_size >= 1")
-    if wanted.every and wanted.reference is None:
+    if scored.every and scored.reference is None:
         raise ValueError("--evaluation.every needs --evaluation.reference: make one with evaluations/make_reference.py")
-    if wanted.every and config.parallel == "fsdp":
+    if scored.every and config.parallel == "fsdp":
         raise ValueError(
             "--evaluation does not score sharded networks: score checkpoints with sample.py and eval_run.sh"
         )
@@ -151,23 +131,20 @@ def _check(config: TrainConfig) -> None:
         _check_start(config)
 
 
-# Fields in which networks may differ whose weights one run takes from another: see `adapt_state`.
-_MAY_DIFFER = {"input_size", "window_size", "num_classes", "dropout", "class_dropout_prob"}
-
-
 def _check_start(config: TrainConfig) -> None:
     """Refuse an --init_from that does not exist or holds another network."""
-    source, found = find_start(config)
-    wanted = config.checkpoint_config((), "").network
-    if type(found.network) is not type(wanted):
-        kinds = ["latents" if isinstance(each, DiffiTConfig) else "pixels" for each in (found.network, wanted)]
+    source, start = find_start(config)
+    network = config.checkpoint_config((), "").network
+    if type(start.network) is not type(network):
+        kinds = ["latents" if isinstance(each, DiffiTConfig) else "pixels" for each in (start.network, network)]
         raise ValueError(
-            f"--init_from {source} holds {found.model}, a network of {kinds[0]}, and {config.model} is one of "
+            f"--init_from {source} holds {start.model}, a network of {kinds[0]}, and {config.model} is one of "
             f"{kinds[1]}: start from weights of the same kind"
         )
-    for key, value in asdict(wanted).items():
-        other = getattr(found.network, key)
-        if key not in _MAY_DIFFER and value != other:
+    must_agree = settings_that(SAME, type(network))  # `adapt_state` fits the weights to the others
+    for key, value in asdict(network).items():
+        other = getattr(start.network, key)
+        if key in must_agree and value != other:
             raise ValueError(
                 f"--init_from {source} holds another network, of {key} {other} instead of {value}: only the number of "
                 "classes and the resolution may differ"

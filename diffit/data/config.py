@@ -1,9 +1,10 @@
 """What may be set about data. No tensor library is needed to read it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from diffit.config import CodecConfig, Device
+from diffit.settings import FREE, NOTED, setting
 
 DataName = Literal["folder", "fashion_mnist", "cifar10"]
 
@@ -20,10 +21,10 @@ class ImagesConfig:
         skip_unreadable: name and leave out images that cannot be read, rather than stop.
     """
 
-    name: DataName = "folder"
-    path: str | None = None
-    workers: int = 8
-    skip_unreadable: bool = False
+    name: DataName = setting("folder", NOTED)
+    path: str | None = setting(None, FREE)
+    workers: int = setting(8, FREE, at_least=0)
+    skip_unreadable: bool = setting(False, NOTED)
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class DataConfig(ImagesConfig):
         augment: probability of each transform of EDM's augmentation, of pixels only; 0 is no augmentation at all.
     """
 
-    flip: bool = True
-    cache: str | None = None
-    augment: float = 0.0
+    flip: bool = setting(True, NOTED)
+    cache: str | None = setting(None, FREE)
+    augment: float = setting(0.0, NOTED, at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class EncodeConfig:
         device: where the VAE runs; auto takes a GPU if there is one.
     """
 
-    data: ImagesConfig = field(default_factory=ImagesConfig)
+    data: ImagesConfig = setting(ImagesConfig())
     out: str = ""
     vae: str = CodecConfig.vae
-    image_size: int = 256
+    image_size: int = setting(256, at_least=1)
     flip: bool = True
-    shard_size: int = 1024
+    shard_size: int = setting(1024, at_least=1)
     verify: bool = False
     device: Device = "auto"

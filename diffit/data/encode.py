@@ -9,6 +9,13 @@ Letters: n images of a shard, B of a batch, F flips, S image side, C its channel
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("diffit.cli.encode:main"))
+
 import hashlib
 import json
 import sys
@@ -31,22 +38,6 @@ from diffit.system.files import difference, exclusive, explained_write, npy_byte
 
 _SETTINGS = "settings.json"  # of a cache in the making
 _BATCH_PIXELS = 1 << 21  # 32 images at 256 pixels: a batch that fits small GPUs
-
-
-def main() -> int:
-    """Encode, say what came of it; 2 if the user can mend it, 130 if interrupted."""
-    from diffit.cli.encode import parse_encode
-    from diffit.cli.parser import fail
-
-    config = parse_encode()
-    try:
-        encode(config)
-    except (ValueError, FileNotFoundError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on with the shards that are missing", file=sys.stderr)
-        return 130
-    return 0
 
 
 def encode(config: EncodeConfig) -> None:
@@ -245,7 +236,3 @@ class _Making:
         """Remove what only a cache in the making needs."""
         for path in (*self.notes, self.folder / _SETTINGS):
             path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+
+from diffit.settings import SAME, check_settings, setting
 
 _HERE = "diffit.diffusion"
 
@@ -74,7 +76,7 @@ class DiffusionConfig:
     """
 
     noise_schedule: NoiseSchedule = "linear"
-    diffusion_steps: int = 1000
+    diffusion_steps: int = setting(1000, at_least=2, at_most=10**5)
     learn_sigma: bool = True
 
     name: ClassVar = "gaussian"
@@ -107,12 +109,12 @@ class EDMConfig:
         p_std: standard deviation of ln sigma in training.
     """
 
-    sigma_data: float = 0.5
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
+    sigma_data: float = setting(0.5, at_least=1e-6, at_most=1e6)
+    sigma_min: float = setting(0.002, at_least=1e-9, at_most=1e6)
+    sigma_max: float = setting(80.0, at_least=1e-9, at_most=1e6)
+    rho: float = setting(7.0, at_least=0.1, at_most=100)
+    p_mean: float = setting(-1.2, at_least=-10, at_most=10)
+    p_std: float = setting(1.2, at_least=0, at_most=5)
 
     name: ClassVar = "edm"
     implementation: ClassVar = f"{_HERE}.edm:EDM"
@@ -180,13 +182,13 @@ class SamplingConfig:
     """
 
     sampler: SamplerName = "ddpm"
-    num_sampling_steps: int | str = 250
-    eta: float = 0.0
+    num_sampling_steps: int | str = setting(250, at_least=1, at_most=10**5)
+    eta: float = setting(0.0, at_least=0, at_most=1)
     clip_denoised: bool = False
-    s_churn: float = 0.0
-    s_min: float = 0.0
-    s_max: float | None = None
-    s_noise: float = 1.0
+    s_churn: float = setting(0.0, at_least=0)
+    s_min: float = setting(0.0, at_least=0)
+    s_max: float | None = setting(None, at_least=0)
+    s_noise: float = setting(1.0, at_least=0, at_most=1e6)
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,13 @@ class GuidanceConfig:
             at 4.4, 1e-3 saves 16% of the passes. 0 evaluates both halves everywhere.
     """
 
-    scale: float = 1.0
+    scale: float = setting(1.0, at_least=-1e6, at_most=1e6)
     enabled: bool = True
     schedule: GuidanceSchedule = "auto"
-    power: float = 4.0
-    channels: int | Literal["all"] = 3
-    interval: tuple[int, int] | None = None
-    skip_below: float = 0.0
+    power: float = setting(4.0, at_least=0)
+    channels: int | Literal["all"] = setting(3, at_least=1)
+    interval: tuple[int, int] | None = setting(None, at_least=0)
+    skip_below: float = setting(0.0, at_least=0)
 
 
 # Weights of guidance that differ from 1 by less do less to a sample than rounding to bf16 does: docs/benchmarks.md.
@@ -223,12 +225,12 @@ SKIP_BELOW = 1e-3
 class ProcessSettings:
     """What sampling, training and checkpoints all say of the process; one node for each, of which `process` is used."""
 
-    process: ProcessName = "gaussian"
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    edm: EDMConfig = field(default_factory=EDMConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    process: ProcessName = setting("gaussian", SAME)
+    diffusion: DiffusionConfig = setting(DiffusionConfig(), SAME)
+    edm: EDMConfig = setting(EDMConfig(), SAME)
+    flow: FlowConfig = setting(FlowConfig(), SAME)
+    sampling: SamplingConfig = setting(SamplingConfig(), SAME)
+    guidance: GuidanceConfig = setting(GuidanceConfig(), SAME)
 
     @property
     def process_config(self) -> ProcessConfig:
@@ -238,25 +240,30 @@ class ProcessSettings:
 
 
 def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
-    """Refuse settings that mean nothing to a process.
+    """Refuse settings that do not work: out of their ranges, or without a meaning to the process.
 
     Raises:
-        ValueError: if its samplers are others, a setting of sampling belongs to another process or is out of range, or
-            guidance is over timesteps that it does not have.
+        ValueError: if a number is out of its range, the levels or betas of the process do not fit one another, its
+            samplers are others, a setting of sampling belongs to another process, or guidance is over timesteps that
+            it does not have.
     """
     name = process.name
+    node = next(each.name for each in fields(ProcessSettings) if type(each.default) is type(process))
+    for key, config in {node: process, "sampling": sampling, "guidance": guidance}.items():
+        check_settings(config, f"--{key}.")
+    if isinstance(process, EDMConfig) and process.sigma_min >= process.sigma_max:
+        raise ValueError(f"--edm.sigma_min must be below --edm.sigma_max {process.sigma_max}, not {process.sigma_min}")
+    if isinstance(process, DiffusionConfig) and process.noise_schedule == "linear" and process.diffusion_steps <= 20:
+        raise ValueError(  # the last beta is 20 / T
+            f"--diffusion.diffusion_steps must be above 20 with the linear schedule, not {process.diffusion_steps}"
+        )
     if sampling.sampler not in SAMPLERS[name]:
         choices = " or ".join(SAMPLERS[name])
         raise ValueError(f"the {sampling.sampler} sampler does not fit the {name} process: choose {choices}")
-    foreign = {setting for other in get_args(ProcessConfig) for setting in other.own_sampling}
-    for setting in fields(sampling):
-        is_foreign = setting.name in foreign - set(process.own_sampling)
-        if is_foreign and getattr(sampling, setting.name) != setting.default:
-            raise ValueError(f"--sampling.{setting.name} means nothing to the {name} process: leave it out")
-    at_least_zero = {f"sampling.{name}": getattr(sampling, name) for name in ("s_churn", "s_min", "s_noise")}
-    for flag, value in (at_least_zero | {"guidance.skip_below": guidance.skip_below}).items():
-        if value < 0:
-            raise ValueError(f"--{flag} must not be negative, as {value} is")
+    foreign = {key for other in get_args(ProcessConfig) for key in other.own_sampling} - set(process.own_sampling)
+    for each in fields(sampling):
+        if each.name in foreign and getattr(sampling, each.name) != each.default:
+            raise ValueError(f"--sampling.{each.name} means nothing to the {name} process: leave it out")
     if sampling.s_max is not None and sampling.s_max < sampling.s_min:
         raise ValueError(
             f"heun puts noise back between s_min and s_max: --sampling.s_max must be at least {sampling.s_min}, not "

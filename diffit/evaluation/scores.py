@@ -7,8 +7,9 @@ Letters: N images, B of a batch, D features, K classes, S spatial features.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +27,33 @@ Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
 _STORED = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # score -> its moments in a reference file
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The five numbers of ADM, and the accuracy; None where they are not defined or were left out."""
+def _metric(label: str, needs: str = "") -> Any:
+    """A score under the label with which it is printed; `needs` explains why one that is expected is not there."""
+    return field(default=None, metadata={"label": label, "needs": needs})
 
-    inception_score: float
-    fid: float
-    sfid: float | None
-    precision: float | None  # with distances in half precision, as in ADM, and so in published numbers
-    recall: float | None
-    count: int  # N, the samples they are of
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The accuracy and the five numbers of ADM, in its order; None where one is not defined or was left out."""
+
+    accuracy: float | None = _metric("Classified as asked")  # by the classifier, where the labels are its classes
+    inception_score: float = _metric("Inception Score")
+    fid: float = _metric("FID")
+    sfid: float | None = _metric("sFID", "Inception's spatial features")
+    precision: float | None = _metric("Precision", "more than 3 samples")  # in half precision, as published numbers are
+    recall: float | None = _metric("Recall", "more than 3 samples")
     precision_exact: float | None = None  # with distances in float32
     recall_exact: float | None = None
-    accuracy: float | None = None  # share that the classifier sees as their labels, where these are of its classes
+    count: int  # N, the samples they are of
+
+    def labelled(self) -> dict[str, float]:
+        """The scores that have a label and are defined, by field."""
+        values = {name: getattr(self, name) for name in LABELS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+LABELS: dict[str, str] = {each.name: each.metadata["label"] for each in fields(Scores) if each.metadata}
+NEEDS: dict[str, str] = {each.name: each.metadata["needs"] for each in fields(Scores) if each.metadata}
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from diffit.settings import NOTED, SAME, check_settings, setting
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -13,39 +15,39 @@ if TYPE_CHECKING:
 class DiffiTConfig:
     """The constructor arguments of `diffit.DiffiT`; the defaults are the released 561 M model at 256 pixels."""
 
-    input_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    class_dropout_prob: float = 0.1
-    num_classes: int = 1000
-    learn_sigma: bool = True
-    conditioning: str = "tmsa"
-    time_embedding: str = "positional"
+    input_size: int = setting(32, NOTED, at_least=1, at_most=8192)
+    patch_size: int = setting(2, SAME, at_least=1, at_most=8192)
+    in_channels: int = setting(4, SAME, at_least=1, at_most=4096)
+    hidden_size: int = setting(1152, SAME, at_least=4, at_most=65536)
+    depth: int = setting(28, SAME, at_least=1, at_most=1000)
+    num_heads: int = setting(16, SAME, at_least=1, at_most=65536)
+    mlp_ratio: float = setting(4.0, SAME, at_least=0.01, at_most=100)
+    class_dropout_prob: float = setting(0.1, NOTED, at_least=0, at_most=1)
+    num_classes: int = setting(1000, NOTED, at_least=0, at_most=10**7)
+    learn_sigma: bool = setting(True, SAME)
+    conditioning: str = setting("tmsa", SAME)
+    time_embedding: str = setting("positional", SAME)
 
 
 @dataclass(frozen=True)
 class ImageDiffiTConfig:
     """The constructor arguments of `diffit.ImageDiffiT`; the defaults are the CIFAR-10 model."""
 
-    input_size: int = 32
-    in_channels: int = 3
-    channels: tuple[int, ...] = (128, 256, 256)
-    blocks: tuple[int, ...] = (2, 2, 2)
-    window_size: int = 4
-    head_dim: int = 64
-    mlp_ratio: float = 4.0
-    cond_dim: int = 512
-    dropout: float = 0.0
-    class_dropout_prob: float = 0.1
-    num_classes: int = 0
-    conditioning: str = "tmsa"
-    time_embedding: str = "positional"
-    encoder: str = "diffit"
-    decoder: str = "diffit"
+    input_size: int = setting(32, NOTED, at_least=1, at_most=8192)
+    in_channels: int = setting(3, SAME, at_least=1, at_most=4096)
+    channels: tuple[int, ...] = setting((128, 256, 256), SAME, at_least=1, at_most=65536)
+    blocks: tuple[int, ...] = setting((2, 2, 2), SAME, at_least=1, at_most=1000)
+    window_size: int = setting(4, NOTED, at_least=1, at_most=8192)
+    head_dim: int = setting(64, SAME, at_least=1, at_most=65536)
+    mlp_ratio: float = setting(4.0, SAME, at_least=0.01, at_most=100)
+    cond_dim: int = setting(512, SAME, at_least=2, at_most=65536)
+    dropout: float = setting(0.0, NOTED, at_least=0, at_most=1)
+    class_dropout_prob: float = setting(0.1, NOTED, at_least=0, at_most=1)
+    num_classes: int = setting(0, NOTED, at_least=0, at_most=10**7)
+    conditioning: str = setting("tmsa", SAME)
+    time_embedding: str = setting("positional", SAME)
+    encoder: str = setting("diffit", SAME)
+    decoder: str = setting("diffit", SAME)
 
 
 NetworkConfig = DiffiTConfig | ImageDiffiTConfig
@@ -76,7 +78,7 @@ def model_config(name: str, **overrides: Any) -> NetworkConfig:
     """The config of a registered size, with some fields replaced; lists, as YAML and JSON have them, become tuples.
 
     Raises:
-        ValueError: if the name is not registered, or an override is not a field of its config.
+        ValueError: if the name is not registered, or an override is not a field of its config, or out of its range.
     """
     if name not in ZOO:
         raise ValueError(f"unknown model '{name}': choose one of {', '.join(ZOO)}")
@@ -85,7 +87,9 @@ def model_config(name: str, **overrides: Any) -> NetworkConfig:
         if key not in known:
             raise ValueError(f"unknown network setting '{key}' for {name}: it has {', '.join(known)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    return replace(ZOO[name], **values)
+    config = replace(ZOO[name], **values)
+    check_settings(config, "--network.")
+    return config
 
 
 def build_model(config: NetworkConfig) -> nn.Module:

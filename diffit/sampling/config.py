@@ -8,6 +8,7 @@ from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import Source
 from diffit.config import Device, Precision
 from diffit.diffusion.config import ProcessSettings
+from diffit.settings import FREE, SAME, setting
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,22 @@ class SampleConfig(ProcessSettings):
         process: the one that the network was trained for, as the checkpoint says.
     """
 
-    model: str | None = None
-    model_path: str | None = None
-    image_size: int | None = None
-    log_dir: str | None = None
-    num_samples: int = 16
-    batch_size: int = 16
-    seed: int = 0
-    class_labels: list[str] | None = None
-    class_cond: bool = True
-    vae: str | None = None
-    device: Device = "auto"
-    precision: Precision | None = None
-    fast: bool = False
-    save_png: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
+    model: str | None = setting(None, SAME)
+    model_path: str | None = setting(None, FREE)  # the weights' own hash is compared
+    image_size: int | None = setting(None, SAME, at_least=1)
+    log_dir: str | None = setting(None, FREE)
+    num_samples: int = setting(16, SAME, at_least=1)
+    batch_size: int = setting(16, FREE, at_least=1)
+    seed: int = setting(0, SAME, at_least=0, at_most=2**64 - 1)
+    class_labels: list[str] | None = setting(None, SAME)
+    class_cond: bool = setting(True, SAME)
+    vae: str | None = setting(None, SAME)
+    device: Device = setting("auto", SAME)
+    precision: Precision | None = setting(None, SAME)
+    fast: bool = setting(False, SAME)
+    save_png: bool = setting(False, FREE)
+    overwrite: bool = setting(False, FREE)
+    dry_run: bool = setting(False, FREE)
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class AppConfig:
 
     model: str | None = None
     model_path: str | None = None
-    image_size: int | None = None
+    image_size: int | None = setting(None, at_least=1)
     device: Device = "auto"
-    port: int = 7860
+    port: int = setting(7860, at_least=1, at_most=65535)
 
 
 @dataclass(frozen=True)

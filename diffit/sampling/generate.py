@@ -32,13 +32,12 @@ from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
 from diffit.sampling.images import batch_labels, sample_batch
 from diffit.sampling.labels import class_names, resolve_labels
+from diffit.settings import SAME, settings_that
 from diffit.system import distributed
 from diffit.system.device import autocast, resolve_device, set_matmul_precision
 from diffit.system.distributed import World
 from diffit.system.files import as_tree, exclusive
 
-# Settings that do not change a sample; a resumed run may change them.
-_FREE = ("log_dir", "batch_size", "save_png", "overwrite", "dry_run", "model_path")
 _GRID_IMAGES = 36
 
 
@@ -74,7 +73,7 @@ def _generate(task: SampleTask, device: torch.device, world: World, held: contex
     sampler = create_sampler(model_config.process_config, model_config.sampling)
 
     # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
-    settings = {key: value for key, value in as_tree(config).items() if key not in _FREE}
+    settings = {key: value for key, value in as_tree(config).items() if key in settings_that(SAME, SampleConfig)}
     settings["weights_sha256"] = distributed.on_main(world, task.source.sha256)
     settings |= {"vae": model_config.codec.vae, "device": device.type, "precision": resolve_precision(config, device)}
     folder = SampleFolder(Path(config.log_dir or f"logs/{model_config.model}"), config.num_samples)

@@ -35,6 +35,7 @@ from diffit.checkpoint.folder import (
 )
 from diffit.checkpoint.resolve import find_checkpoint
 from diffit.checkpoint.weights import load_weights, save_checkpoint
+from diffit.settings import FREE, SAME, settings_that
 from diffit.system import distributed
 from diffit.system.distributed import World
 from diffit.system.files import as_tree, difference, first_line, write_atomically
@@ -43,14 +44,6 @@ from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_
 from diffit.training.step import TrainState
 
 PROGRESS_FILE = "progress.json"
-
-# Settings without which a checkpoint means something else (a VAE may move: its weights are compared with those of the
-# latents), and those that do not change what a run learns.
-_FIXED = ("process", "diffusion", "edm", "flow")
-_FREE = {
-    *("run_dir", "dry_run", "log_every", "save_every", "keep", "keep_every", "preview_every", "evaluation"),
-    *("sampling", "guidance", "max_skipped", "rank_timeout", "tracker", "data.workers", "data.path", "data.cache"),
-}
 
 
 def ema_files(config: TrainConfig) -> list[str]:
@@ -187,10 +180,11 @@ def record_start(run_dir: Path, config: TrainConfig, step: int) -> str:
     path, settings = run_dir / "starts.jsonl", as_tree(config)
     starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     before = starts[-1]["settings"] if starts and step else settings
-    lost = difference({key: before[key] for key in _FIXED}, {key: settings[key] for key in _FIXED})
+    fixed = settings_that(SAME, TrainConfig)
+    lost = difference({key: before[key] for key in fixed}, {key: settings[key] for key in fixed})
     if lost:
         raise ValueError(f"{run_dir} holds a run of other settings ({lost}): choose another --run_dir")
-    changed = difference(before, settings, _FREE)
+    changed = difference(before, settings, settings_that(FREE, TrainConfig))
     lines = [json.dumps(line) for line in (*starts, {"step": step, "changed": changed, "settings": settings})]
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     write_atomically(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Literal
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import Source, find_checkpoint
 from diffit.config import CodecConfig, Device, Precision
 from diffit.data.config import DataConfig
-from diffit.diffusion.config import ProcessSettings
+from diffit.diffusion.config import GuidanceConfig, ProcessSettings, SamplingConfig
 from diffit.models.config import DiffiTConfig, model_config
+from diffit.settings import FREE, NOTED, setting
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class OptimizerConfig:
         grad_clip: largest gradient norm; 0 does not clip.
     """
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup: int = 0
+    lr: float = setting(1e-4, at_least=0, at_most=1)
+    betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)
+    weight_decay: float = setting(0.0, at_least=0, at_most=1e3)
+    warmup: int = setting(0, at_least=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    grad_clip: float = 0.0
+    grad_clip: float = setting(0.0, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class EvaluationConfig:
         features: module:path of a classifier, in place of the Inception network.
     """
 
-    every: int = 0
-    samples: int = 5000
-    batch_size: int = 64
+    every: int = setting(0, at_least=0)
+    samples: int = setting(5000, at_least=2)
+    batch_size: int = setting(64, at_least=1)
     reference: str | None = None
     features: str | None = None
 
@@ -93,34 +94,37 @@ class TrainConfig(ProcessSettings):
         dry_run: print the resolved config, the size of the network and the cost of the run, and stop.
     """
 
-    model: str = "Diffit"
-    network: dict[str, int | float | bool | str | list[int]] = field(default_factory=dict)
-    run_dir: str = "runs/train"
-    init_from: str | None = None
-    steps: int = 400_000
-    batch_size: int = 256
-    accumulate: int = 1
-    seed: int = 0
-    ema_decay: float | list[float] = 0.9999
-    ema_half_life: float | list[float] | None = None
-    device: Device = "auto"
-    precision: Precision = "tf32"
-    compile: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    activation_checkpointing: bool = False
-    rank_timeout: float = 10.0
-    max_skipped: int = 25
-    log_every: int = 100
-    save_every: int = 5000
-    keep: int = 2
-    keep_every: int = 0
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    preview_every: int = 0
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    dry_run: bool = False
+    model: str = setting("Diffit", NOTED)
+    network: dict[str, int | float | bool | str | list[int]] = setting(resume=NOTED, factory=dict)
+    run_dir: str = setting("runs/train", FREE)
+    init_from: str | None = setting(None, NOTED)
+    steps: int = setting(400_000, NOTED, at_least=1)
+    batch_size: int = setting(256, NOTED, at_least=1)
+    accumulate: int = setting(1, NOTED, at_least=1)
+    seed: int = setting(0, NOTED, at_least=0, at_most=2**64 - 1)
+    ema_decay: float | list[float] = setting(0.9999, NOTED, at_least=0, below=1)
+    ema_half_life: float | list[float] | None = setting(None, NOTED, above=0)
+    device: Device = setting("auto", NOTED)
+    precision: Precision = setting("tf32", NOTED)
+    compile: bool = setting(False, NOTED)
+    parallel: Literal["ddp", "fsdp"] = setting("ddp", NOTED)
+    activation_checkpointing: bool = setting(False, NOTED)
+    rank_timeout: float = setting(10.0, FREE, at_least=0.01, at_most=1e6)
+    max_skipped: int = setting(25, FREE, at_least=1)
+    log_every: int = setting(100, FREE, at_least=1)
+    save_every: int = setting(5000, FREE, at_least=1)
+    keep: int = setting(2, FREE, at_least=1)
+    keep_every: int = setting(0, FREE, at_least=0)
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = setting("tensorboard", FREE)
+    preview_every: int = setting(0, FREE, at_least=0)
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), FREE)
+    data: DataConfig = setting(DataConfig())
+    codec: CodecConfig = setting(CodecConfig(), NOTED)
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), NOTED)
+    dry_run: bool = setting(False, FREE)
+    _: KW_ONLY
+    sampling: SamplingConfig = setting(SamplingConfig(), FREE)  # what the checkpoint recommends, not what is learned
+    guidance: GuidanceConfig = setting(GuidanceConfig(), FREE)
 
     def checkpoint_config(self, class_names: tuple[str, ...], made_by: str) -> CheckpointConfig:
         """What a checkpoint of this run says about itself."""

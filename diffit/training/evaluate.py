@@ -57,7 +57,7 @@ def save_preview(draw: Draw, model: nn.Module, config: CheckpointConfig, path: P
 
 
 def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that gives FID and Inception Score of a network; all ranks call it, and get the scores of all.
+    """A function that gives the scores of a network, all but precision and recall; every rank calls it and gets them.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence, if reference or features cannot be had.
@@ -70,7 +70,6 @@ def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Call
 
     def score(model: nn.Module) -> dict[str, float]:
         images = (draw(model, indices, ()).cpu().numpy() for indices in batches)
-        scores = score_images(images, reference, backend, manifold=False)
-        return {"fid": scores.fid, "inception_score": scores.inception_score}
+        return score_images(images, reference, backend, manifold=False).labelled()
 
     return score

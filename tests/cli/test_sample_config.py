@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from diffit.cli.parser import build_parser
 from diffit.cli.sample import parse_sample
+from diffit.cli.settings import settings_of
 from diffit.sampling.config import SampleConfig
 from diffit.system.files import as_tree
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint
@@ -34,8 +34,7 @@ def refusal(line: str, capsys) -> str:
 
 
 def test_public_flags():
-    parser = build_parser(SampleConfig, "sample.py", "", "")
-    flags = {action.dest for action in parser._actions if action.option_strings}
+    flags = {setting.key for setting in settings_of(SampleConfig)}
     assert {prefix + name for prefix, names in FLAGS.items() for name in names.split()} <= flags
 
 
@@ -90,14 +89,14 @@ def test_meaningless_upstream_flags(flag, capsys):
         ("--num_samples -5", "--num_samples must be at least 1"),
         ("--batch_size 0", "--batch_size must be at least 1"),
         ("--seed -1", "--seed must be between"),
-        ("--guidance.scael 3", "--guidance.scael"),
+        ("--guidance.scael 3", "there is no setting --guidance.scael: did you mean --guidance.scale?"),
         ("--bogus 1", "--bogus"),
-        ("--cfg_scale much", '"guidance.scale"'),
+        ("--cfg_scale much", "--guidance.scale must be a number, not much"),
         ("--sampler euler", "dpm++"),
         ("--vae_decoder big", "ema, mse"),
         ("--image_size 300 --model Diffit", "choose 256 or 512"),
         ("--class_labels --seed 1", "at least one class"),
-        ("--guidance.skip_below -1", "--guidance.skip_below must not be negative"),
+        ("--guidance.skip_below -1", "--guidance.skip_below must be at least 0, not -1"),
     ],
 )
 def test_refusals(line, words, capsys):
@@ -129,7 +128,7 @@ def test_fast_skips_guidance_unless_told_otherwise(tmp_path):
 def test_a_misspelt_key_in_a_file(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("guidance:\n  scael: 3.0\n")
-    assert "'guidance' does not accept option 'scael'" in refusal(f"--config {recipe}", capsys)
+    assert "there is no setting --guidance.scael: did you mean" in refusal(f"--config {recipe}", capsys)
 
 
 def test_the_printed_config_reads_back(tmp_path):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffit.cli.encode import main
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.config import DataConfig
 from diffit.data.datasets import UnreadableImagesError, open_images
-from diffit.data.encode import encode_images, main
+from diffit.data.encode import encode_images
 from diffit.data.latent_cache import MANIFEST, LatentDataset, open_cache
 from diffit.data.loader import NoisyBatches, open_training_set, training_batches
 from diffit.data.sampler import BatchSampler
@@ -273,7 +274,10 @@ def test_errors_of_the_command_are_one_line(vae, tmp_path, monkeypatch, capsys):
         (command(root, vae, tmp_path / "cache"), "cannot read 1 image: "),
         (command(tmp_path / "nowhere", vae, tmp_path / "cache"), "there are no images at"),
         (["-m", "diffit.data.encode", "--data.path", str(root)], "say where the latents go"),
-        (command(root, vae, tmp_path / "cache", "--data.nmae", "folder"), "unrecognized arguments: --data.nmae"),
+        (
+            command(root, vae, tmp_path / "cache", "--data.nmae", "folder"),
+            "there is no setting --data.nmae: did you mean",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", arguments[1:])
         with pytest.raises(SystemExit) as caught:

@@ -105,7 +105,8 @@ def test_two_processes_give_the_scores_of_one(files, tmp_path):
 
 def error_of(capsys, *arguments):
     """The one line that the command prints when it gives up."""
-    assert evaluator_main([str(argument) for argument in arguments]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        evaluator_main([str(argument) for argument in arguments])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     return errors[0]
@@ -220,11 +221,13 @@ def test_wrong_sources_are_refused(tmp_path, monkeypatch, capsys):
         (tmp_path / "absent.zip", "there are no images at"),
         ("torchvision:Nothing", "no data set 'Nothing'"),
     ):
-        assert make_reference([str(source), out, *FEATURES]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            make_reference([str(source), out, *FEATURES])
         assert message in capsys.readouterr().err
     for number, size in enumerate([(40, 64), (32, 32), (90, 70), (33, 47)]):
         Image.effect_noise(size, 80).save(tmp_path / "images" / f"{number}.png")
-    assert make_reference([str(tmp_path / "images"), out, *FEATURES]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        make_reference([str(tmp_path / "images"), out, *FEATURES])
     assert "--image_size to bring all to one size" in capsys.readouterr().err
     assert make_reference([str(tmp_path / "images"), out, "--image_size", "32", *FEATURES]) == 0
     assert np.load(out)["arr_0"].shape == (4, 32, 32, 1)

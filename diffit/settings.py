@@ -1,0 +1,176 @@
+"""Settings are fields of frozen dataclasses. Type, range and meaning for a resume stand beside each field.
+
+`check_settings` is the one check of values, whichever door they came by: a command line, a file, Python, a checkpoint.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+_COUNTS = {2: "two", 3: "three"}
+_INFINITY = float("inf")
+_LARGEST = 2**64 - 1  # of whole numbers
+
+
+class Resume(Enum):
+    """What another value means to what was made before: samples of a folder, checkpoints of a run, weights."""
+
+    SAME = "only the same value fits: another one is refused"
+    NOTED = "another value fits, and is noted in the log"
+    FREE = "the value changes nothing of what is learned or drawn"
+
+
+SAME, NOTED, FREE = Resume
+
+
+@cache
+def type_hints(config_class: Any) -> dict[str, Any]:
+    """The types of a dataclass' fields by name."""
+    return get_type_hints(config_class)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers within bounds: `at_least` and `at_most` are in it, `above` and `below` are not."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            -_INFINITY < value < _INFINITY  # which NaN is not
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            return f"between {_number(self.at_least)} and {_number(self.at_most)}"
+        bounds = {name.replace("_", " "): bound for name, bound in vars(self).items() if bound is not None}
+        return " and ".join(f"{name} {_number(bound)}" for name, bound in bounds.items())
+
+
+def _number(bound: float) -> str:
+    return "2^64 - 1" if bound == _LARGEST else str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def setting(default: Any = None, resume: Resume | None = None, *, factory: Any = None, **bounds: float) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        default: its default; `factory` makes one that can change.
+        resume: what another value means to what was made before; needed in the settings of a command that resumes.
+        bounds: of `Range`, for every number in the value.
+    """
+    metadata = {"resume": resume, "range": Range(**bounds) if bounds else None}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+def settings_that(resume: Resume, config_class: Any, prefix: str = "") -> set[str]:
+    """Dotted names of the settings of this meaning for a resume; a node of the tree has it for all settings in it."""
+    names, hints = set[str](), type_hints(config_class)
+    for each in fields(config_class):
+        hint, name = hints[each.name], f"{prefix}{each.name}"
+        if each.metadata.get("resume") is resume:
+            names.add(name)
+        elif each.metadata.get("resume") is None and is_dataclass(hint):
+            names |= settings_that(resume, hint, f"{name}.")
+    return names
+
+
+def check_settings(config: Any, prefix: str = "--") -> None:
+    """Refuse a dataclass tree in which a value is not of its field's type, or a number is out of its range.
+
+    Args:
+        config: the tree.
+        prefix: what stands before the dotted name of a setting in an error: that of a flag.
+
+    Raises:
+        ValueError: in one sentence, for the first such value.
+    """
+    config_class: Any = type(config)
+    hints = type_hints(config_class)
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            check_settings(value, f"{prefix}{each.name}.")
+        else:
+            check_setting(f"{prefix}{each.name}", hints[each.name], each.metadata.get("range"), value)
+
+
+def check_setting(name: str, hint: Any, allowed: Range | None, value: Any) -> None:
+    """`check_settings` of one value, under the name that errors use."""
+    if not fits(hint, value):
+        raise ValueError(f"{name} must be {words_of(hint)}, not {value}")
+    for number in _numbers(value):
+        if allowed is not None and number not in allowed:
+            raise ValueError(f"{name} must be {allowed}, not {number}")
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _numbers(item)
+
+
+def alternatives(hint: Any) -> list[Any]:
+    """The types of a union, or the one type that there is."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value, as YAML has it, is of a type; lists count as tuples, whole numbers as numbers."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(choice, value) for choice in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (tuple, list):
+        if not isinstance(value, (tuple, list)):
+            return False
+        several = [inner[0]] * len(value) if origin is list or inner[-1] is Ellipsis else inner
+        return len(value) == len(several) and all(map(fits, several, value))
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    if hint is int:  # NumPy's too
+        return isinstance(value, Integral) and abs(int(value)) <= _LARGEST
+    if hint is float:
+        return isinstance(value, Real)
+    return isinstance(value, origin or hint)
+
+
+def words_of(hint: Any) -> str:
+    """What a value of a type may be, as it ends the sentence 'it must be'."""
+    *others, last = [word for choice in written(hint) for word in _words(choice)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def written(hint: Any) -> list[Any]:
+    """The types of which a command line shows a value: without None, and one or more in place of one or several."""
+    choices = [choice for choice in alternatives(hint) if choice is not types.NoneType]
+    several = [get_args(choice)[0] for choice in choices if get_origin(choice) is list]
+    return [choice for choice in choices if choice not in several]
+
+
+def _words(choice: Any) -> Iterable[str]:
+    origin, inner = get_origin(choice), get_args(choice)
+    if origin is Literal:
+        return map(str, inner)
+    if origin in (tuple, list):
+        several = origin is list or inner[-1] is Ellipsis
+        return [f"{'one or more' if several else _COUNTS[len(inner)]} {_PLURALS[inner[0]]}"]
+    return [_WORDS.get(choice, "a mapping of names to values")]
