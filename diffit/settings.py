@@ -144,12 +144,10 @@ def fits(hint: Any, value: Any) -> bool:
             return False
         several = [inner[0]] * len(value) if origin is list or inner[-1] is Ellipsis else inner
         return len(value) == len(several) and all(map(fits, several, value))
-    if isinstance(value, bool) and hint in (int, float):
-        return False
-    if hint is int:  # NumPy's too
-        return isinstance(value, Integral) and abs(int(value)) <= _LARGEST
-    if hint is float:
-        return isinstance(value, Real)
+    if hint in (int, float):
+        if isinstance(value, Integral):  # NumPy's too
+            return not isinstance(value, bool) and abs(int(value)) <= _LARGEST
+        return hint is float and isinstance(value, Real)
     return isinstance(value, origin or hint)
 
 

@@ -36,7 +36,8 @@ class CheckpointConfig(ProcessSettings):
         """The inverse of to_json. Raises TypeError, KeyError or ValueError if it is of another version."""
         tree = json.loads(text)
         guidance = tree["guidance"]
-        guidance["interval"] = guidance["interval"] and tuple(guidance["interval"])
+        if isinstance(guidance["interval"], list):
+            guidance["interval"] = tuple(guidance["interval"])
         # Files written before a process existed lack its node and get its defaults.
         nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
         known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
