@@ -1,8 +1,10 @@
 """The scripts as a user starts them: from any folder, with mistakes, and quickly."""
 
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,29 @@ def test_commands_of_the_package(command, tmp_path):
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert result.stdout.startswith("usage: ")
+
+
+COMMANDS = {
+    "sample.py": [str(ROOT / "sample.py")],
+    "evaluator.py": [str(ROOT / "evaluations" / "evaluator.py")],
+    "diffit.data.encode": ["-m", "diffit.data.encode", "--data.path", ".", "--out", "out"],
+    "diffit.benchmark": ["-m", "diffit.benchmark"],
+    "ablations.py": [str(ROOT / "tools" / "ablations.py"), "table"],
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is being loaded is read from /proc")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interruption_while_pytorch_is_imported_is_one_line(name, tmp_path):
+    command = [sys.executable, *COMMANDS[name]]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(error.strip().splitlines()) == 1
+    assert error.strip().startswith("stopped")
 
 
 LIGHT = """

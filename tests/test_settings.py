@@ -204,7 +204,6 @@ def test_sizes_of_networks_are_checked_where_they_are_named():
 def test_a_command_runs_at_the_edges(tmp_path):
     """Of what excludes what cannot work: these can."""
     assert parse_sample(["--guidance.scale", "0", "--seed", "18446744073709551615"]).config.seed == 2**64 - 1
-    assert (
-        parse_train(["--optimizer.lr", "0", "--optimizer.betas", "0", "0", "--ema_decay", "0"]).config.optimizer.lr == 0
-    )
+    config = parse_train(["--optimizer.lr", "0", "--optimizer.betas", "0", "0", "--ema_decay", "0"]).config
+    assert (config.optimizer.lr, config.optimizer.betas, config.ema_rates) == (0, (0, 0), [0])
     assert parse_encode(["--out", str(tmp_path), "--image_size", "1"]).image_size == 1

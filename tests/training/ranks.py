@@ -3,10 +3,12 @@
 python -m torch.distributed.run --nproc_per_node=2 tests/training/ranks.py FOLDER FLAGS ...
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +28,21 @@ def main() -> None:
     def begin(name: str, *more: str) -> None:
         run(flags, folder / name, *more)
 
+    @contextlib.contextmanager
+    def held(error: str | None) -> Iterator[int]:
+        """Rank 0's context: its value, or an error of entering it."""
+        if error:
+            raise ValueError(error)
+        yield world.rank + 1
+
     seen: dict[str, object] = {}
+    with distributed.main_only(world, held(None)) as seen["entered"]:
+        pass
+    try:
+        with distributed.main_only(world, held("in use")):
+            seen["refused"] = "entered"
+    except ValueError as error:
+        seen["refused"] = str(error)
     begin("long", "--steps", "50", "--save_every", "50")
     begin("ddp")
     begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--activation_checkpointing", "true")

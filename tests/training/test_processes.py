@@ -85,6 +85,7 @@ def test_shards_that_are_missing_are_named(folder, tmp_path):
 def test_the_kinds_of_parallelism_are_not_mixed(seen):
     for rank in seen:
         assert "was written with --parallel fsdp" in rank["other_kind"]
+        assert (rank["entered"], rank["refused"]) == (1, "in use")  # rank 0's, everywhere
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
