@@ -7,6 +7,13 @@ The same command goes on where it was stopped. Flags that are not listed here go
 docs/verify.md says what the numbers mean.
 """
 
+if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
+    import sys
+
+    from diffit.cli.run import start
+
+    sys.exit(start("verify:main"))
+
 import argparse
 import json
 import shlex
@@ -20,6 +27,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from diffit import load_model
 from diffit.checkpoint.config import RELEASED
 from diffit.checkpoint.resolve import HUB_REPOSITORY
+from diffit.cli.run import one_sentence
 from diffit.evaluation.downloads import REFERENCES, cached
 from diffit.evaluation.features import create_backend
 from diffit.system.files import sha256, write_atomically
@@ -94,8 +102,9 @@ def verify(args: argparse.Namespace, sampling: list[str]) -> str:
     return f"\n{report}\nalso in {folder / 'report.md'}; please share it, whatever it says: docs/verify.md"
 
 
+@one_sentence("stopped: the same command goes on from here")
 def main() -> int:
-    """0 if all went well, 2 if a download, a hash or a command failed, 130 if interrupted."""
+    """Verify and print; returns the exit code of a command of it that failed."""
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about, allow_abbrev=False)
     parser.add_argument("--image_size", type=int, choices=PAPER, default=256, help="of the released weights")
@@ -106,14 +115,5 @@ def main() -> int:
     try:
         print(verify(*parser.parse_known_args()))
     except subprocess.CalledProcessError as error:
-        return error.returncode if error.returncode in (2, 130) else 1  # it has said what is wrong
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        return error.returncode if error.returncode in (2, 130) else 1  # it has printed what is wrong
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
