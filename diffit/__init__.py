@@ -1,7 +1,7 @@
 """DiffiT: diffusion vision transformers (ECCV 2024), an open implementation.
 
-`from diffit import DiffiT, create_model, load_model, sample_images, DiffiTPipeline`. Nothing heavy is imported until it
-is used.
+`from diffit import DiffiT, create_model, load_model, sample_images, ImageSampler, DiffiTPipeline`. Nothing heavy is
+imported until it is used.
 """
 
 import lazy_loader

@@ -44,7 +44,7 @@ from diffit.diffusion.samplers import model_at
 from diffit.models.config import build_model
 from diffit.models.fast import compiles, cpu_info, fast_network, fast_precision
 from diffit.nn.attention import TMSA, matmul_attention
-from diffit.sampling.images import sample_batch
+from diffit.sampling.images import ImageSampler
 from diffit.system.device import autocast, resolve_device, set_matmul_precision, to_device
 from diffit.system.files import write_atomically
 from diffit.training.ema import EMA
@@ -197,7 +197,7 @@ def measure_sampling(
     def sample(name: str) -> None:
         network, config, precision = variants[name]
         set_matmul_precision(precision)
-        images[name] = sample_batch(network, config, sampler, codec, range(batch), labels, seed=_SEED)
+        images[name] = ImageSampler(network, config, sampler, codec).draw(range(batch), labels, _SEED)
 
     whole = interleaved({name: partial(sample, name) for name in variants}, device, max(1, rounds // 2), seconds)
     for name, row in zip(variants, rows, strict=True):

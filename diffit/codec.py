@@ -41,7 +41,7 @@ class VAECodec:
     def __init__(
         self, config: CodecConfig, device: torch.device, compiled: bool = False, vae: AutoencoderKL | None = None
     ) -> None:
-        self.reference, self.factor = config.vae, config.factor
+        self.reference, self.factor, self.device = config.vae, config.factor, device
         self.vae = (vae or _load_vae(config.vae)).eval().requires_grad_(False).to(device)
         self.vae.decoder.to(memory_format=torch.channels_last)  # which convolutions prefer
         if compiled:
@@ -96,9 +96,16 @@ def draw_latents(moments: Tensor, noise: Tensor, mean: Tensor, scale: Tensor) ->
 
 
 class PixelCodec:
-    """Images <-> pixels in [-1, 1], for as many channels as the images have: c = C, h = H."""
+    """Images <-> pixels in [-1, 1], for as many channels as the images have: c = C, h = H.
+
+    Args:
+        device: where images are sampled.
+    """
 
     latent_channels = None
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
 
     def encode(self, images: Tensor) -> Tensor:
         """images: uint8 [B, H, W, C]. Returns float32 [B, C, H, W] in [-1, 1]."""
@@ -124,7 +131,7 @@ def create_codec(
         return VAECodec(config, device, compiled, vae)
     if config.factor != 1:
         raise ValueError(f"the codec 'pixels' keeps the size of images: --codec.factor must be 1, not {config.factor}")
-    return PixelCodec()
+    return PixelCodec(device)
 
 
 def to_uint8(x: Tensor) -> Tensor:

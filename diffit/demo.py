@@ -5,14 +5,13 @@ Letters: H x W x C of an image.
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import gradio as gr
@@ -20,16 +19,13 @@ import numpy as np
 from gradio.components import Component
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor, nn
 
-from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.weights import load_weights
-from diffit.codec import Codec, create_codec
 from diffit.diffusion.config import SAMPLERS
 from diffit.sampling.attention import Position, average, watch
 from diffit.sampling.config import AppTask
 from diffit.sampling.folder import draw_grid, picture
-from diffit.sampling.images import sample_images
+from diffit.sampling.images import ImageSampler
 from diffit.sampling.labels import class_names
 from diffit.system.device import resolve_device, set_matmul_precision
 
@@ -49,19 +45,18 @@ progress::-moz-progress-bar {background: var(--color-accent)}
 """
 
 
+# Of one picture: `seed`, `class_labels`, and what `ImageSampler.with_settings` takes.
+Settings = dict[str, Any]
+_FLAGS = {"schedule": "guidance.schedule"}  # of sample.py, where it is not the setting's own name
+
+
 @dataclass(frozen=True)
 class Demo:
-    """What the page shows: a network on its device, and what is said of it."""
+    """What the page shows: samples of a checkpoint, its class names, and the flags of sample.py that name it."""
 
-    model: nn.Module
-    config: CheckpointConfig
-    codec: Codec
+    pictures: ImageSampler
     names: Sequence[str]
-    arguments: Sequence[str]  # of sample.py, which name this checkpoint
-
-
-# Of one picture: arguments of `sample_images`, and `guidance.schedule`. sample.py has flags of these names.
-Settings = dict[str, Any]
+    arguments: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -107,23 +102,23 @@ def load_demo(task: AppTask) -> Demo:
     """
     device = resolve_device(task.config.device)
     set_matmul_precision("fp32")
-    model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False).to(device)
+    model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False)
     named: Settings = {"model": task.checkpoint.model, "model_path": task.config.model_path}
     named |= {"image_size": task.config.image_size, "device": device.type}
-    codec = create_codec(task.checkpoint.codec, device)
-    return Demo(model, task.checkpoint, codec, class_names(task.checkpoint), flags_of(named))
+    pictures = ImageSampler.create(model, task.checkpoint, device)
+    return Demo(pictures, class_names(task.checkpoint), flags_of(named))
 
 
 def flags_of(settings: Settings) -> list[str]:
     """Settings as a command line; what is None is left out."""
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {_FLAGS.get(name, name): value for name, value in settings.items() if value is not None}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def read_settings(
     demo: Demo, label: int | None, seed: int | None, sampler: str, schedule: str, steps: str, scale: Any
 ) -> Settings:
-    """What the fields of the page say, in the order of the fields. `sample_images` checks the rest.
+    """What the fields of the page say, in the order of the fields; `denoise` checks what fits the process.
 
     Raises:
         ValueError: if what should be a number is none.
@@ -141,57 +136,35 @@ def read_settings(
         cfg_scale = math.nan
     if not 0 <= cfg_scale < math.inf:
         raise ValueError(f"the guidance scale must be a number of at least 0, not {scale}")
-    return settings | {"class_labels": label, "cfg_scale": cfg_scale, "guidance.schedule": schedule}
+    return settings | {"class_labels": label, "cfg_scale": cfg_scale, "schedule": schedule}
 
 
 def denoise(
-    demo: Demo, settings: Settings, stop: threading.Event | None = None, look: Callable[[], Any] | None = None
+    pictures: ImageSampler, settings: Settings, noisy: bool = False, look: Callable[[], Any] | None = None
 ) -> Iterator[Frame]:
-    """The states of a sample while `sample_images` draws it in a thread, the finished image last.
+    """Sample 0 of these settings on its way, the finished image last.
 
-    To set `stop`, or to close the generator, ends the thread at its next step. `look` sees something of the network
-    after each step that is shown, and then all steps are.
+    Args:
+        settings: see `read_settings`.
+        noisy: show the state x_t in place of what the network believes the picture will be.
+        look: sees something of the network after each step that is shown, and then all steps are.
 
     Raises:
         ValueError: if a setting does not fit.
-        InterruptedError: if `stop` was set.
     """
     arguments = dict(settings)
-    guidance = replace(demo.config.guidance, schedule=arguments.pop("guidance.schedule", demo.config.guidance.schedule))
-    frames: SimpleQueue[Frame | Exception] = SimpleQueue()
-    closed = threading.Event()
+    seed, label = arguments.pop("seed"), arguments.pop("class_labels", None)
+    pictures = pictures.with_settings(**arguments)
+    labels = pictures.labels([0], seed, [] if label is None else [label])
     start = due = time.monotonic()
-
-    def show(step: int, num_steps: int, x: Tensor) -> None:
-        nonlocal due
-        if closed.is_set() or (stop is not None and stop.is_set()):
-            raise InterruptedError
-        before = time.monotonic()
-        if step < num_steps and (before >= due or look):
-            image = demo.codec.decode(x)[0].cpu().numpy()
-            frames.put(Frame(step / num_steps, f"step {step} of {num_steps}", image, look and look()))
+    for state in pictures.states([0], labels, seed):
+        last, before = state.step == state.num_steps, time.monotonic()
+        if last or look or before >= due:
+            image = pictures.codec.decode(state.x if last or noisy else state.pred_xstart)[0].cpu().numpy()
+            words = f"done in {time.monotonic() - start:.1f} s" if last else f"step {state.step} of {state.num_steps}"
+            yield Frame(state.step / state.num_steps, words, image, look and look())
             now = time.monotonic()
             due = now + max(_SECONDS, _PATIENCE * (now - before))
-
-    def work() -> None:
-        try:
-            config = replace(demo.config, guidance=guidance)
-            images, _ = sample_images(demo.model, config, 1, **arguments, codec=demo.codec, callback=show)
-            frames.put(Frame(1.0, f"done in {time.monotonic() - start:.1f} s", images[0], look and look()))
-        except Exception as error:  # raised where the frames are read, if they still are
-            frames.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        done = 0.0
-        while done < 1:
-            frame = frames.get()
-            if isinstance(frame, Exception):
-                raise frame
-            done = frame.done
-            yield frame
-    finally:
-        closed.set()
 
 
 def command(demo: Demo, settings: Settings) -> str:
@@ -203,7 +176,7 @@ def command(demo: Demo, settings: Settings) -> str:
 
 def build_page(demo: Demo) -> gr.Blocks:
     """What all tabs have in common beside the tabs; what means nothing to the checkpoint is hidden."""
-    config, guided = demo.config, bool(demo.names)
+    config, guided = demo.pictures.config, bool(demo.names)
     classes = f"{len(demo.names)} classes, " if demo.names else ""
     schedules = ["auto", *config.process_config.guidance_schedules]
     with gr.Blocks(title=f"DiffiT: {config.model}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -229,33 +202,35 @@ def build_page(demo: Demo) -> gr.Blocks:
 def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
     """One picture, seen while it is denoised, and the command line that makes it."""
 
-    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
-        settings = read_settings(demo, *values)
-        for frame in denoise(demo, settings, stop):
+    def run(*values: Any) -> Iterator[Sequence[Any]]:
+        *fields, noisy = values
+        settings = read_settings(demo, *fields)
+        for frame in denoise(demo.pictures, settings, noisy):
             line = command(demo, settings) if frame.done == 1 else None
             yield _progress(frame.done, frame.words), picture(frame.image), line
 
     steps_and_scale = _steps_and_scale(demo)
+    noisy = gr.Checkbox(label="Show the noisy state x_t, not what the network believes the picture will be")
     shown = _image("picture", height="min(24rem, 84vw)")
     line = gr.Textbox(
         label="The same picture, as logs/app/png/000000.png", buttons=["copy"], elem_classes="command", render=False
     )
-    _run_below("Generate", run, [*common, *steps_and_scale], [shown, line])
+    _run_below("Generate", run, [*common, *steps_and_scale, noisy], [shown, line])
 
 
 def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
     """One seed over guidance scales and numbers of steps, as a labelled grid: a row a scale, a column a number."""
 
-    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
+    def run(*values: Any) -> Iterator[Sequence[Any]]:
         label, seed, sampler, schedule, steps, scales = values
         rows = scales if demo.names else [None]
         cells = [read_settings(demo, label, seed, sampler, schedule, n, scale) for scale in rows for n in steps]
         if not 0 < len(cells) <= _MOST_PICTURES:
             raise ValueError(f"a sweep makes 1 to {_MOST_PICTURES} pictures, not {len(cells)}: choose other values")
-        side, titles = demo.config.image_size, [_title(cell) for cell in cells]
+        side, titles = demo.pictures.config.image_size, [_title(cell) for cell in cells]
         images = [np.full((side, side, 1), 224, np.uint8)] * len(cells)  # grey until they are drawn
         for number, cell in enumerate(cells):
-            for frame in denoise(demo, cell, stop):
+            for frame in denoise(demo.pictures, cell):
                 images[number] = frame.image
                 whole = (number + frame.done) / len(cells)
                 words = f"picture {number + 1} of {len(cells)}, {frame.words}" if whole < 1 else "done"
@@ -274,12 +249,16 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
 def attention_tab(demo: Demo, common: Sequence[Component]) -> None:
     """Where a token looks while a picture comes into being: pictures, and below them maps, over the steps."""
 
-    def run(stop: threading.Event, *values: Any) -> Iterator[Sequence[Any]]:
+    def run(*values: Any) -> Iterator[Sequence[Any]]:
         *fields, row, column = values
         settings, at = read_settings(demo, *fields), (row / 100, column / 100)
         frames: list[Frame] = []
-        with watch(demo.model, at) as maps:
-            for frame in denoise(demo, settings, stop, lambda: average([seen[:1] for seen in maps.values()])[0]):
+        model: Any = demo.pictures.network
+        # A network of the same weights: should a run be stopped here, nothing watches the next one.
+        network = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        watched = replace(demo.pictures, network=network)
+        with watch(network, at) as maps:
+            for frame in denoise(watched, settings, look=lambda: average([seen[:1] for seen in maps.values()])[0]):
                 frames.append(frame)
                 chosen = np.linspace(0, len(frames) - 1, min(_MOMENTS, len(frames))).round().astype(int)
                 yield _progress(frame.done, frame.words), draw_attention([frames[i] for i in chosen], at)
@@ -327,8 +306,8 @@ TABS: dict[str, Callable[[Demo, Sequence[Component]], None]] = {
 def _steps_and_scale(demo: Demo) -> tuple[Component, Component]:
     """Two fields side by side, as the checkpoint recommends."""
     with gr.Row():
-        steps = gr.Textbox(str(demo.config.sampling.num_sampling_steps), label="Steps", min_width=120)
-        recommended, guided = demo.config.guidance.scale, bool(demo.names)
+        steps = gr.Textbox(str(demo.pictures.config.sampling.num_sampling_steps), label="Steps", min_width=120)
+        recommended, guided = demo.pictures.config.guidance.scale, bool(demo.names)
         scale = gr.Number(recommended, label="Guidance scale", step=0.1, min_width=120, visible=guided)
     return steps, scale
 
@@ -355,24 +334,16 @@ def _run_below(
 
     Args:
         title: of the first button.
-        run: (stop, *inputs) -> progress and outputs, again and again; its ValueErrors are shown as messages.
+        run: (*inputs) -> progress and outputs, again and again; its ValueErrors are shown as messages.
         inputs: on the page already.
         outputs: not rendered yet.
     """
 
-    stops: dict[str | None, threading.Event] = {}  # of each browser's page
-
-    def guarded(request: gr.Request, *values: Any) -> Iterator[Sequence[Any]]:
-        stop = stops[request.session_hash] = threading.Event()
+    def guarded(*values: Any) -> Iterator[Sequence[Any]]:
         try:
-            yield from run(stop, *values)
-        except InterruptedError:
-            yield [_progress(0, "stopped"), *(gr.skip() for _ in outputs)]
+            yield from run(*values)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-
-    def interrupt(request: gr.Request) -> None:
-        stops.get(request.session_hash, threading.Event()).set()
 
     with gr.Row():
         start = gr.Button(title, variant="primary", min_width=120)
@@ -380,7 +351,7 @@ def _run_below(
     progress = gr.HTML(_progress(0, "ready"))
     for output in outputs:
         output.render()
-    start.click(
+    going = start.click(
         guarded,
         inputs,
         [progress, *outputs],
@@ -389,7 +360,9 @@ def _run_below(
         show_progress_on=progress,
         api_visibility="private",
     )
-    end.click(interrupt, queue=False, api_visibility="private")
+    # Gradio takes a run out of the queue, or closes its generator between two steps.
+    ended = end.click(None, cancels=[going], queue=False, api_visibility="private")
+    ended.then(lambda: _progress(0, "stopped"), None, progress, queue=False, api_visibility="private")
 
 
 def _progress(done: float, words: str) -> str:

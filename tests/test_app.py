@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -47,7 +49,7 @@ def test_the_command_line_makes_the_same_picture(kind, tmp_path, monkeypatch):
         fields = [1, 5, "heun", "constant", " 3 ", 2.5]
     page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
     settings = demo.read_settings(page, *fields)
-    frames = list(demo.denoise(page, settings))
+    frames = list(demo.denoise(page.pictures, settings))
     assert frames[-1].done == 1
     assert [frame.words for frame in frames[:1]] == [f"step 1 of {fields[4].strip()}"]
     picture = written(demo.command(page, settings), tmp_path, monkeypatch)
@@ -55,17 +57,38 @@ def test_the_command_line_makes_the_same_picture(kind, tmp_path, monkeypatch):
 
 
 def test_closing_the_frames_stops_the_sampling(tmp_path):
-    """The thread is at most a step behind; 1000 steps of it would take seconds."""
-    import threading
-
+    """The network is not called again, and no thread goes on."""
     path = save_small_checkpoint(tmp_path, save_small_vae(tmp_path / "vae"))
     page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
-    frames = demo.denoise(page, demo.read_settings(page, 0, 0, "ddpm", "auto", "1000", 2))
+    calls = []
+    page.pictures.network.register_forward_hook(lambda *_: calls.append(threading.active_count()))
+    threads = threading.active_count()
+    frames = demo.denoise(page.pictures, demo.read_settings(page, 0, 0, "ddpm", "auto", "1000", 2))
     assert next(frames).words == "step 1 of 1000"
-    (thread,) = [thread for thread in threading.enumerate() if "work" in thread.name]
     frames.close()
-    thread.join(timeout=1)
-    assert not thread.is_alive()
+    time.sleep(0.1)
+    assert calls == [threads]
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_what_is_shown_on_the_way(kind, tmp_path, monkeypatch):
+    """The predicted x_start by default and, with the switch, the state; the finished picture is the same."""
+    monkeypatch.setattr(demo, "_SECONDS", 0)
+    monkeypatch.setattr(demo, "_PATIENCE", 0)  # every step is shown
+    if kind == "latent":
+        path = save_small_checkpoint(tmp_path, save_small_vae(tmp_path / "vae"))
+    else:
+        path = save_small_image_checkpoint(tmp_path, num_classes=3)
+    page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
+    sampler = page.pictures.config.sampling.sampler
+    settings = demo.read_settings(page, 1, 5, sampler, "auto", "4", 2.5)
+    pictures = page.pictures.with_settings(num_sampling_steps=4, cfg_scale=2.5)
+    states = list(pictures.states([0], pictures.labels([0], 5, [1]), 5))
+    for noisy in (False, True):
+        frames = [frame.image for frame in demo.denoise(page.pictures, settings, noisy)]
+        shown = [state.x if noisy else state.pred_xstart for state in states[:-1]] + [states[-1].x]
+        np.testing.assert_array_equal(frames, np.concatenate([pictures.codec.decode(x).numpy() for x in shown]))
+    assert (states[0].x - states[0].pred_xstart).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["latent", "image"])
@@ -79,15 +102,17 @@ def test_attention_while_it_is_drawn(kind, tmp_path):
         fields = [1, 5, "heun", "constant", "3", 2.5]
     page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
     settings, at = demo.read_settings(page, *fields), (0.5, 0.25)
-    plain, expected = list(demo.denoise(page, settings)), []
-    config = replace(page.config, guidance=replace(page.config.guidance, schedule=settings.pop("guidance.schedule")))
-    with watch(page.model, at) as maps:
+    plain, expected = list(demo.denoise(page.pictures, settings)), []
+    config, model = page.pictures.config, page.pictures.network
+    config = replace(config, guidance=replace(config.guidance, schedule=settings["schedule"]))
+    with watch(model, at) as maps:
 
         def look():
             return average([seen[:1] for seen in maps.values()])[0]
 
-        sample_images(page.model, config, 1, **settings, callback=lambda *_: expected.append(look()))
-        frames = list(demo.denoise(replace(page, config=config), settings, look=look))
+        others = {name: value for name, value in settings.items() if name != "schedule"}
+        sample_images(model, config, 1, **others, callback=lambda *_: expected.append(look()))
+        frames = list(demo.denoise(page.pictures, settings, look=look))
     np.testing.assert_array_equal(frames[-1].image, plain[-1].image)
     np.testing.assert_array_equal([frame.seen for frame in frames], expected)
     assert len(frames) == int(fields[4])
@@ -220,6 +245,45 @@ def test_stop_is_for_its_own_page(page, browser, url):
     assert progress.inner_text() != before
     press(page, "Stop")
     wait_for(page, "stopped")
+
+
+def test_stop_also_ends_a_run_that_waits(page, browser, url):
+    """Of two pages, one runs and one waits; the one that waited never begins."""
+    page.get_by_label("Steps").fill("1000")
+    press(page, "Generate")
+    wait_for(page, r"step \d+ of 1000")
+    other = browser.new_page()
+    other.goto(url)
+    other.get_by_label("Steps").fill("2")
+    press(other, "Generate")
+    other.get_by_text("queue: 1/1").wait_for()
+    press(other, "Stop")
+    wait_for(other, "stopped")
+    press(page, "Stop")
+    wait_for(page, "stopped")
+    other.wait_for_timeout(1000)
+    wait_for(other, "stopped")
+    assert other.locator(".picture img").count() == 0
+    press(other, "Generate")
+    wait_for(other, "done in")
+    other.close()
+
+
+def test_a_stopped_run_leaves_nothing_in_the_next(page):
+    """Attention is stopped on its way; the picture that follows is that of `sample_images`."""
+    page.get_by_role("tab", name="Attention").click()
+    page.get_by_role("tabpanel").get_by_label("Steps").fill("1000")
+    press(page, "Watch")
+    wait_for(page, r"step \d+ of 1000")
+    press(page, "Stop")
+    wait_for(page, "stopped")
+    page.get_by_role("tab", name="One picture").click()
+    page.get_by_role("tabpanel").get_by_label("Steps").fill("4")
+    page.get_by_label("Show the noisy state").check()
+    press(page, "Generate")
+    wait_for(page, "done in")
+    images, _ = sample_images(*load_model("Diffit-Fashion"), 1, class_labels=0, num_sampling_steps=4)
+    np.testing.assert_array_equal(np.asarray(image_of(page, "picture")), images[0, :, :, 0])
 
 
 def test_sweep(page):

@@ -27,14 +27,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from plots import new_figure, save_figure
-from torch import Tensor, nn
+from torch import nn
 
-from diffit import load_model, sample_images
+from diffit import ImageSampler, load_model
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.cli.run import one_sentence
-from diffit.codec import create_codec
 from diffit.sampling.attention import Maps, Position, average, watch
-from diffit.sampling.labels import class_names
+from diffit.sampling.labels import class_names, resolve_labels
 from diffit.system.device import resolve_device
 
 
@@ -48,20 +47,27 @@ class Moment:
 
 
 def record(
-    model: nn.Module, config: CheckpointConfig, at: Position, count: int, device: torch.device, **settings: Any
+    model: nn.Module,
+    config: CheckpointConfig,
+    at: Position,
+    count: int,
+    device: torch.device,
+    num_samples: int,
+    class_labels: Sequence[str] = (),
+    seed: int = 0,
 ) -> tuple[list[Moment], NDArray[np.int64]]:
-    """Sample with `settings` of `sample_images`, and look at `count` about evenly spaced steps; also the labels [B]."""
-    codec = create_codec(config.codec, device)
-    moments = []
+    """Sample in one batch, and look at `count` about evenly spaced steps; also the labels [B]."""
+    pictures, indices, moments = ImageSampler.create(model, config, device), range(num_samples), []
+    labels = pictures.labels(indices, seed, resolve_labels(class_labels, class_names(config)))
     with watch(model, at) as maps:
-
-        def look(step: int, num_steps: int, x: Tensor) -> None:
-            if step in np.linspace(1, num_steps, min(count, num_steps)).round():
-                labelled = {name: seen[: len(x)] for name, seen in maps.items()}  # the null half of guidance follows
-                moments.append(Moment(f"step {step}/{num_steps}", codec.decode(x).cpu().numpy(), labelled))
-
-        _, labels = sample_images(model, config, device=device, codec=codec, callback=look, **settings)
-    return moments, labels
+        for state in pictures.states(indices, labels, seed):
+            if state.step in np.linspace(1, state.num_steps, min(count, state.num_steps)).round():
+                labelled = {
+                    name: seen[:num_samples] for name, seen in maps.items()
+                }  # the null half of guidance follows
+                shown = pictures.codec.decode(state.x).cpu().numpy()
+                moments.append(Moment(f"step {state.step}/{state.num_steps}", shown, labelled))
+    return moments, labels.cpu().numpy()
 
 
 def draw_strip(moments: Sequence[Moment], names: Sequence[str], at: Position, per_block: bool) -> Any:
@@ -117,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--num_samples and --moments must be at least 1")
     device, at = resolve_device(args.device), (args.token[0], args.token[1])
     model, config = load_model(args.model_path)
-    settings = {"num_samples": args.num_samples, "batch_size": args.num_samples, "seed": args.seed}
-    moments, labels = record(model, config, at, args.moments, device, class_labels=args.class_labels, **settings)
+    moments, labels = record(model, config, at, args.moments, device, args.num_samples, args.class_labels, args.seed)
     known = class_names(config)
     names = [known[int(y)] if known else f"sample {i}" for i, y in enumerate(labels)]
     figure = draw_strip(moments, names, at, args.per_block)

@@ -50,11 +50,16 @@ class SampleNoise:
         device: where the noise goes.
 
     Calling it gives the noise of the next step, [B, c, h, w].
+
+    Raises:
+        ValueError: if the seed is out of range.
     """
 
     def __init__(
         self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {seed}")
         self.seed, self.indices, self.shape, self.device = seed, indices, shape, torch.device(device)
         self._steps = [keyed_generator(seed, i, RandomStream.STEP) for i in indices]
 

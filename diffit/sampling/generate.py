@@ -21,22 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffit
-from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.weights import load_weights
-from diffit.codec import create_codec
-from diffit.config import Precision
-from diffit.diffusion import create_sampler
-from diffit.diffusion.samplers import Sampler
-from diffit.models.fast import compiles, fast_network, fast_precision
+from diffit.models.fast import compiles
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
-from diffit.sampling.images import batch_labels, sample_batch
+from diffit.sampling.images import ImageSampler, fitting_sampler, resolve_precision
 from diffit.sampling.labels import class_names, resolve_labels
 from diffit.settings import SAME, settings_that
 from diffit.system import distributed
-from diffit.system.device import autocast, resolve_device, set_matmul_precision
-from diffit.system.distributed import World
+from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, exclusive
+from diffit.system.ranks import World
 
 _GRID_IMAGES = 36
 
@@ -47,66 +42,49 @@ def generate(task: SampleTask) -> Path:
     Raises:
         ValueError: in one sentence, for everything that a user can mend.
     """
-    device = resolve_device(task.config.device)
-    set_matmul_precision(resolve_precision(task.config, device))
-    world = distributed.start(device)
-    try:
-        with contextlib.ExitStack() as held:
-            return _generate(task, device, world, held)
-    finally:
-        distributed.stop()
-
-
-def resolve_precision(config: SampleConfig, device: torch.device) -> Precision:
-    """The precision that was asked for; else fp32 or, to be fast, what the device is best at."""
-    return config.precision or (fast_precision(device) if config.fast else "fp32")
-
-
-def _generate(task: SampleTask, device: torch.device, world: World, held: contextlib.ExitStack) -> Path:
-    """The work of `generate`; rank 0 has the folder for itself as long as `held` is open."""
-    config, model_config = task.config, task.resolved
-    conditional = config.class_cond and model_config.network.num_classes > 0
-    names = class_names(model_config)
-    wanted = resolve_labels(config.class_labels or [], names)
+    config, checkpoint, device = task.config, task.resolved, resolve_device(task.config.device)
+    precision = resolve_precision(config.precision, config.fast, device)
+    set_matmul_precision(precision)
+    names, null_label = class_names(checkpoint), checkpoint.network.num_classes
+    classes = resolve_labels(config.class_labels or [], names)
+    conditional = config.class_cond and null_label > 0
     if not conditional:  # null labels cannot be guided towards
-        model_config = replace(model_config, guidance=replace(model_config.guidance, enabled=False))
-    sampler = create_sampler(model_config.process_config, model_config.sampling)
+        classes = [null_label]
+        checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, enabled=False))
+    fitting_sampler(checkpoint)  # refuses before weights are fetched
 
     # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
     settings = {key: value for key, value in as_tree(config).items() if key in settings_that(SAME, SampleConfig)}
-    settings["weights_sha256"] = distributed.on_main(world, task.source.sha256)
-    settings |= {"vae": model_config.codec.vae, "device": device.type, "precision": resolve_precision(config, device)}
-    folder = SampleFolder(Path(config.log_dir or f"logs/{model_config.model}"), config.num_samples)
-    distributed.on_main(world, lambda: held.enter_context(exclusive(folder.path)))
-    distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
-    seconds_per_image = None  # unknown where nothing was left to sample
-    if folder.finished() is None:
-        seconds_per_image = _sample_missing(task, model_config, folder, sampler, wanted, device, world)
+    settings |= {"vae": checkpoint.codec.vae, "device": device.type, "precision": precision}
+    folder = SampleFolder(Path(config.log_dir or f"logs/{checkpoint.model}"), config.num_samples)
+    with distributed.joined(device) as world:
+        settings["weights_sha256"] = distributed.on_main(world, task.source.sha256)
+        with distributed.main_only(world, exclusive(folder.path)):
+            distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
+            seconds_per_image = None  # unknown where nothing was left to sample
+            if folder.finished() is None:
+                model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False)
+                pictures = ImageSampler.create(model, checkpoint, device, precision=precision, fast=config.fast)
+                seconds_per_image = _sample_missing(pictures, config, classes, folder, world)
 
-    def finish() -> Path:
-        """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""
-        path = folder.finished()
-        if path is None:
-            pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
-            shown = list(itertools.islice(pairs, _GRID_IMAGES))
-            titles = [names[label] if label < len(names) else f"{number}" for number, (_, label) in enumerate(shown)]
-            save_grid(folder.path / GRID, [image for image, _ in shown], titles)
-            path = folder.merge(with_labels=conditional)
-        folder.discard_shards()
-        if not folder.read_manifest().get("complete"):
-            content = {
-                "settings": settings,
-                "complete": True,
-                "samples": path.name,
-                "num_samples": config.num_samples,
-                "seconds_per_image": seconds_per_image,
-                **_circumstances(device, world),
-                "checkpoint": as_tree(task.checkpoint),
-            }
-            folder.write_manifest(content)
-        return path
+            def finish() -> Path:
+                """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""
+                path = folder.finished()
+                if path is None:
+                    pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
+                    shown = list(itertools.islice(pairs, _GRID_IMAGES))
+                    titles = [names[y] if y < len(names) else f"{number}" for number, (_, y) in enumerate(shown)]
+                    save_grid(folder.path / GRID, [image for image, _ in shown], titles)
+                    path = folder.merge(with_labels=conditional)
+                folder.discard_shards()
+                if not folder.read_manifest().get("complete"):
+                    content = {"settings": settings, "complete": True, "samples": path.name}
+                    content |= {"num_samples": config.num_samples, "seconds_per_image": seconds_per_image}
+                    content |= _circumstances(device, world) | {"checkpoint": as_tree(task.checkpoint)}
+                    folder.write_manifest(content)
+                return path
 
-    return distributed.on_main(world, finish)
+            return distributed.on_main(world, finish)
 
 
 def _circumstances(device: torch.device, world: World) -> dict[str, Any]:
@@ -121,36 +99,15 @@ def _circumstances(device: torch.device, world: World) -> dict[str, Any]:
 
 
 def _sample_missing(
-    task: SampleTask,
-    model_config: CheckpointConfig,
-    folder: SampleFolder,
-    sampler: Sampler,
-    wanted: Sequence[int],
-    device: torch.device,
-    world: World,
+    pictures: ImageSampler, config: SampleConfig, classes: Sequence[int], folder: SampleFolder, world: World
 ) -> float | None:
     """Fill the folder; returns the seconds per image, compilation included, or None if no image was missing."""
-    config, precision = task.config, resolve_precision(task.config, device)
-    compiled = config.fast and compiles(device)
-    model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False).to(device)
-    codec = create_codec(model_config.codec, device, compiled=compiled)
-    if codec.latent_channels not in (None, model_config.network.in_channels):
-        raise ValueError(
-            f"the VAE {model_config.codec.vae} has {codec.latent_channels} latent channels, {model_config.model} needs "
-            f"{model_config.network.in_channels}: leave --vae out, or give one that fits"
-        )
-    network = fast_network(model, precision, device) if config.fast else autocast(model, device, precision)
-
+    compiled = config.fast and compiles(pictures.codec.device)
     # Every rank takes every n-th batch of those that are missing.
     missing = distributed.on_main(world, folder.missing)
     mine = list(_batches(missing, config.batch_size))[world.rank :: world.size]
     share = f" (rank 0 of {world.size})" if world.size > 1 else ""
     bar = tqdm(total=sum(map(len, mine)), unit="img", desc=f"sampling{share}", disable=not world.is_main)
-
-    def show(step: int, num_steps: int, x: Tensor) -> None:
-        bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
-        bar.update(0)
-
     start = time.monotonic()
     try:
         with bar, _background() as write:
@@ -158,11 +115,11 @@ def _sample_missing(
                 drawn = indices
                 if compiled:  # a graph is compiled for one shape: a short batch is filled up
                     drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
-                labels = batch_labels(model_config, drawn, config.seed, wanted, device, config.class_cond)
-                images = sample_batch(
-                    *(network, model_config, sampler, codec, drawn, labels), seed=config.seed, callback=show
-                )
-                write(_save, folder, config, indices, images, labels)
+                labels = pictures.labels(drawn, config.seed, classes)
+                for state in pictures.states(drawn, labels, config.seed):
+                    bar.set_postfix_str(f"step {state.step}/{state.num_steps}", refresh=False)
+                    bar.update(0)
+                write(_save, folder, config, indices, pictures.codec.decode(state.x), labels)
                 bar.update(len(indices))
     except torch.OutOfMemoryError as error:
         raise ValueError(

@@ -1,14 +1,16 @@
-"""From noise to images: the one place where samples are drawn.
+"""From noise to images: `ImageSampler`, the one place where samples are drawn.
 
-sample.py, the pictures and scores of training, and the benchmark all call `sample_batch`; `sample_images` is the same
-for users of Python. Letters: N samples, B samples of a batch, c channels and h = w side of what the network sees,
+sample.py, the pictures and scores of training, the pipeline, the page and the benchmark hold one; `sample_images` is
+a few lines on top of it. Letters: N samples, B samples of a batch, c channels and h = w side of what the network sees,
 H x W x C of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,166 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.weights import load_model
 from diffit.codec import Codec, create_codec
+from diffit.config import Precision
 from diffit.diffusion import SampleNoise, create_sampler, guided_model
-from diffit.diffusion.config import check_process
-from diffit.diffusion.samplers import Sampler
+from diffit.diffusion.config import SKIP_BELOW, check_process
+from diffit.diffusion.samplers import Sampler, SamplerState
+from diffit.models.fast import compiles, fast_network, fast_precision
 from diffit.sampling.labels import class_names, resolve_labels
-from diffit.system.device import to_device
+from diffit.system.device import autocast, resolve_device, to_device
 
 Callback = Callable[[int, int, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class ImageSampler:
+    """All that turns noise into images; `load` or `create` puts it together.
+
+        pictures = ImageSampler.load("Diffit-Fashion")
+        for state in pictures.states(range(4), pictures.labels(range(4), seed=0)):
+            pictures.codec.decode(state.pred_xstart)  # what the network believes the images will be
+
+    Sample i depends on (seed, i), its label and the settings alone: batches can be cut as memory allows.
+
+    Args:
+        network: (x [B, c, h, w], t [B], y [B]) -> prediction, on the codec's device.
+        config: of the network: its size, process and guidance.
+        sampler: of `create_sampler`, for that process.
+        codec: from what the network sees to images.
+    """
+
+    network: Callable[..., Tensor]
+    config: CheckpointConfig
+    sampler: Sampler
+    codec: Codec
+
+    @classmethod
+    def load(
+        cls, path_or_name: str | Path, fast: bool = False, device: torch.device | str | None = None
+    ) -> ImageSampler:
+        """The sampler of a checkpoint, with the settings that it recommends.
+
+        Args:
+            path_or_name: whatever `load_model` takes.
+            fast: for previews, as sample.py's --fast True.
+            device: where to sample; by default a GPU if there is one.
+
+        Raises:
+            ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
+        """
+        model, config = load_model(path_or_name)
+        if fast and config.process_config.num_timesteps is not None:
+            config = replace(config, guidance=replace(config.guidance, skip_below=SKIP_BELOW))
+        place = torch.device(device) if device is not None else resolve_device("auto")
+        return cls.create(model.requires_grad_(False), config, place, fast=fast)
+
+    @classmethod
+    def create(
+        cls,
+        model: nn.Module,
+        config: CheckpointConfig,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+        fast: bool = False,
+        codec: Codec | None = None,
+    ) -> ImageSampler:
+        """The sampler of a network in eval mode, which is moved to the device.
+
+        Args:
+            config: what its checkpoint says; `load_model` returns both.
+            precision: of matrix products; see `resolve_precision`.
+            fast: replace the network's blocks by faster ones, in place, and compile network and VAE on CUDA.
+            codec: on the device; by default the checkpoint's, which is loaded.
+
+        Raises:
+            ValueError: in one sentence, if settings or VAE do not fit the network, or the VAE cannot be loaded.
+        """
+        sampler = fitting_sampler(config)
+        codec = codec or create_codec(config.codec, device, compiled=fast and compiles(device))
+        if codec.latent_channels not in (None, config.network.in_channels):
+            raise ValueError(
+                f"the VAE {config.codec.vae} has {codec.latent_channels} latent channels, {config.model} needs "
+                f"{config.network.in_channels}: leave --vae out, or give one that fits"
+            )
+        precision = resolve_precision(precision, fast, device)
+        model = model.to(device)
+        network = fast_network(model, precision, device) if fast else autocast(model, device, precision)
+        return cls(network, config, sampler, codec)
+
+    def with_settings(self, **settings: Any) -> ImageSampler:
+        """The same with other settings: `sampler`, `num_sampling_steps`, `cfg_scale`, `schedule` (of guidance).
+
+        Raises:
+            ValueError: in one sentence, if a setting does not fit the process.
+        """
+        config = changed(self.config, **settings)
+        return replace(self, config=config, sampler=fitting_sampler(config))
+
+    def labels(self, indices: Sequence[int], seed: int, wanted: Sequence[int] = ()) -> Tensor:
+        """Labels of samples: the wanted classes, repeated in turn, else drawn at random: int64 [B], on the device.
+
+        num_classes is the label without a class, and the only one where the network has no classes.
+        """
+        num_classes = self.config.network.num_classes
+        if not wanted and num_classes:
+            return SampleNoise(seed, indices, (), self.codec.device).labels(num_classes)
+        turns = wanted or [num_classes]
+        return to_device(torch.tensor([turns[i % len(turns)] for i in indices]), self.codec.device)
+
+    @torch.no_grad()  # of PyTorch: it holds within each step, and not where the states are read
+    def states(self, indices: Sequence[int], labels: Tensor, seed: int = 0) -> Iterator[SamplerState]:
+        """The states of these samples on their way from noise, the finished ones last; stop reading to stop sampling.
+
+        Args:
+            indices: numbers i of the samples [B]; all random numbers of a sample depend on (seed, i).
+            labels: int64 [B]; see `labels`.
+        """
+        network = self.config.network
+        noise = SampleNoise(seed, indices, (network.in_channels, *2 * [network.input_size]), labels.device)
+        process, guidance = self.config.process_config, self.config.guidance
+        denoiser = guided_model(self.network, labels, network.num_classes, guidance, process, network.input_size)
+        yield from self.sampler(denoiser, noise.start(), noise)
+
+    @torch.no_grad()
+    def draw(self, indices: Sequence[int], labels: Tensor, seed: int = 0) -> Tensor:
+        """The samples of these numbers, as `states` takes them: uint8 [B, H, W, C], on the device."""
+        (last,) = deque(self.states(indices, labels, seed), maxlen=1)  # which keeps no other state in memory
+        return self.codec.decode(last.x)
+
+
+def resolve_precision(precision: Precision | None, fast: bool, device: torch.device) -> Precision:
+    """The precision that was asked for; else fp32 or, to be fast, the 16 bits that the device computes with."""
+    return precision or (fast_precision(device) if fast else "fp32")
+
+
+def changed(
+    config: CheckpointConfig,
+    sampler: str | None = None,
+    num_sampling_steps: int | str | None = None,
+    cfg_scale: float | None = None,
+    schedule: str | None = None,
+) -> CheckpointConfig:
+    """A config with other settings of sampling and guidance, which a scale turns on; what is None stays."""
+
+    def given(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
+
+    sampling = given(sampler=sampler, num_sampling_steps=num_sampling_steps)
+    guidance = given(scale=cfg_scale, schedule=schedule, enabled=None if cfg_scale is None else True)
+    return replace(config, sampling=replace(config.sampling, **sampling), guidance=replace(config.guidance, **guidance))
+
+
+def fitting_sampler(config: CheckpointConfig) -> Sampler:
+    """The sampler that a config names.
+
+    Raises:
+        ValueError: in one sentence, if settings of sampling or guidance do not fit the process.
+    """
+    check_process(config.process_config, config.sampling, config.guidance)
+    return create_sampler(config.process_config, config.sampling)
 
 
 def sample_images(
@@ -67,76 +221,20 @@ def sample_images(
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {seed}")
     if model.training:
         raise ValueError("the model is in training mode, in which labels are dropped: call model.eval() first")
-    named = {"sampler": sampler, "num_sampling_steps": num_sampling_steps}
-    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    sampling, guidance = replace(config.sampling, **given), config.guidance
-    if cfg_scale is not None:
-        guidance = replace(guidance, scale=cfg_scale, enabled=True)
-    config = replace(config, sampling=sampling, guidance=guidance)
-    check_process(config.process_config, sampling, guidance)
     listed = [class_labels] if isinstance(class_labels, int | str) else class_labels or []
-    wanted = resolve_labels(listed, class_names(config))
+    classes = resolve_labels(listed, class_names(config))
+    config = changed(config, sampler, num_sampling_steps, cfg_scale)
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    draw = create_sampler(config.process_config, sampling)
-    codec = codec or create_codec(config.codec, place)
+    pictures = ImageSampler.create(model, config, place, codec=codec)
     images, labels = [], []
     for start in range(0, num_samples, batch_size):
         indices = range(start, min(start + batch_size, num_samples))
-        y = batch_labels(config, indices, seed, wanted, place)
-        pixels = sample_batch(model.to(place), config, draw, codec, indices, y, seed=seed, callback=callback)
-        images.append(pixels.cpu().numpy())
+        y = pictures.labels(indices, seed, classes)
+        for state in pictures.states(indices, y, seed):
+            if callback is not None:
+                callback(state.step, state.num_steps, state.x)
+        images.append(pictures.codec.decode(state.x).cpu().numpy())
         labels.append(y.cpu().numpy())
     return np.concatenate(images), np.concatenate(labels)
-
-
-@torch.no_grad()
-def sample_batch(
-    network: Callable[..., Tensor],
-    config: CheckpointConfig,
-    sampler: Sampler,
-    codec: Codec,
-    indices: Sequence[int],
-    labels: Tensor,
-    *,
-    seed: int = 0,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Samples of these numbers: uint8 [B, H, W, C], on the device of the labels.
-
-    Args:
-        network: (x, t, y) -> prediction, on the device.
-        config: of the network: its size, process and guidance.
-        sampler: of `create_sampler`, for that process.
-        codec: from what the network sees to images.
-        indices: numbers i of the samples; every number a sample needs depends on (seed, i).
-        labels: int64 [B]; see `batch_labels`.
-        callback: see `sample_images`.
-    """
-    size = config.network.input_size
-    noise = SampleNoise(seed, indices, (config.network.in_channels, size, size), labels.device)
-    denoiser = guided_model(network, labels, config.network.num_classes, config.guidance, config.process_config, size)
-    for state in sampler(denoiser, noise.start(), noise):
-        if callback is not None:
-            callback(state.step, state.num_steps, state.x)
-    return codec.decode(state.x)
-
-
-def batch_labels(
-    config: CheckpointConfig,
-    indices: Sequence[int],
-    seed: int,
-    wanted: Sequence[int],
-    device: torch.device,
-    conditional: bool = True,
-) -> Tensor:
-    """Labels int64 [B] of these samples: the wanted ones in turn, else drawn at random; all null if not conditional."""
-    num_classes = config.network.num_classes
-    if not (conditional and num_classes):
-        return torch.full((len(indices),), num_classes, device=device)
-    if wanted:
-        return to_device(torch.tensor([wanted[i % len(wanted)] for i in indices]), device)
-    return SampleNoise(seed, indices, (), device).labels(num_classes)

@@ -5,59 +5,36 @@ Letters: B images, H x W x C of an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from diffit.checkpoint.config import CheckpointConfig
-from diffit.codec import create_codec
-from diffit.config import Precision
-from diffit.diffusion import create_sampler
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images, share
 from diffit.sampling.folder import save_grid
-from diffit.sampling.images import batch_labels, sample_batch
-from diffit.system.device import autocast
+from diffit.sampling.images import ImageSampler
 from diffit.training.config import TrainConfig
 
 _IMAGES, _SEED = 16, 0
 
-Draw = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
 
-
-def create_draw(config: CheckpointConfig, device: torch.device, precision: Precision) -> Draw:
-    """A function (model, numbers, classes) -> the samples that sample.py would draw with seed 0: uint8 [B, H, W, C].
-
-    It uses the settings that the checkpoint recommends. Classes are repeated in turn; without any they are drawn.
-
-    Raises:
-        ValueError: if the VAE or the sampler's settings do not fit.
-    """
-    sampler, codec = create_sampler(config.process_config, config.sampling), create_codec(config.codec, device)
-
-    def draw(model: nn.Module, indices: Sequence[int], classes: Sequence[int] = ()) -> Tensor:
-        labels = batch_labels(config, indices, _SEED, classes, device)
-        return sample_batch(autocast(model, device, precision), config, sampler, codec, indices, labels, seed=_SEED)
-
-    return draw
-
-
-def save_preview(draw: Draw, model: nn.Module, config: CheckpointConfig, path: Path | None) -> None:
+def save_preview(pictures: ImageSampler, path: Path | None) -> None:
     """A grid of samples, always from the same noise and labels, to `path`; None on a rank that only takes part."""
-    num_classes, names = config.network.num_classes, config.class_names
-    labels = [number % num_classes for number in range(_IMAGES)] if num_classes else []
-    images = draw(model, range(_IMAGES), labels)
+    num_classes, names = pictures.config.network.num_classes, pictures.config.class_names
+    classes = [number % num_classes for number in range(_IMAGES)] if num_classes else []
+    images = pictures.draw(range(_IMAGES), pictures.labels(range(_IMAGES), _SEED, classes), _SEED)
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    titles = [names[label] if label < len(names) else str(label) for label in labels or range(_IMAGES)]
+    titles = [names[label] if label < len(names) else str(label) for label in classes or range(_IMAGES)]
     save_grid(path, list(images.cpu().numpy()), titles)
 
 
-def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that gives the scores of a network, all but precision and recall; every rank calls it and gets them.
+def create_scorer(pictures: ImageSampler, config: TrainConfig, device: torch.device) -> Callable[[], dict[str, float]]:
+    """A function that gives the scores of samples, all but precision and recall; every rank calls it and gets them.
+
+    The samples are those that sample.py would draw with seed 0 and the settings that the checkpoint recommends.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence, if reference or features cannot be had.
@@ -68,8 +45,9 @@ def create_scorer(draw: Draw, config: TrainConfig, device: torch.device) -> Call
     own = range(*share(settings.samples))
     batches = [own[first : first + settings.batch_size] for first in range(0, len(own), settings.batch_size)]
 
-    def score(model: nn.Module) -> dict[str, float]:
-        images = (draw(model, indices, ()).cpu().numpy() for indices in batches)
+    def score() -> dict[str, float]:
+        labels = ((indices, pictures.labels(indices, _SEED)) for indices in batches)
+        images = (pictures.draw(indices, y, _SEED).cpu().numpy() for indices, y in labels)
         return score_images(images, reference, backend, manifold=False).labelled()
 
     return score

@@ -17,6 +17,7 @@ from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_s
 from diffit.data.sampler import BatchSampler
 from diffit.diffusion import create_process
 from diffit.models.config import NetworkConfig, model_config
+from diffit.sampling.images import ImageSampler
 from diffit.system import distributed
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import exclusive
@@ -24,7 +25,7 @@ from diffit.system.ranks import World, detect_world
 from diffit.training.checkpointing import ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
 from diffit.training.ema import EMA
-from diffit.training.evaluate import create_draw, create_scorer, save_preview
+from diffit.training.evaluate import create_scorer, save_preview
 from diffit.training.init import initial_model
 from diffit.training.logging import MetricLogger
 from diffit.training.parallel import apply_activation_checkpointing, is_sharded, parallelize, shard
@@ -58,8 +59,8 @@ def train(task: TrainTask) -> Path:
 
         # What is missing for pictures or scores is said now, not after hours
         shows = config.preview_every or config.evaluation.every
-        draw = create_draw(description, device, config.precision) if shows else None
-        score = create_scorer(draw, config, device) if draw and config.evaluation.every else None
+        pictures = ImageSampler.create(ema, description, device, precision=config.precision) if shows else None
+        score = create_scorer(pictures, config, device) if pictures and config.evaluation.every else None
         changed = distributed.on_main(world, lambda: record_start(run_dir, config, state.step))
         logger = MetricLogger(config, description.network, state.step, device, world)
 
@@ -85,15 +86,15 @@ def train(task: TrainTask) -> Path:
                     failed = save_run(state, checkpoints, config, named, world, must=last)
                     if failed:
                         logger.info(failed)
-                if previews and draw is not None:
+                if previews and pictures is not None:
                     path = run_dir / "previews" / f"{step:08d}.png" if world.is_main else None
                     if path is not None or is_sharded(ema):  # all ranks take part in sampling from a sharded network
-                        save_preview(draw, ema, description, path)
+                        save_preview(pictures, path)
                     if path is not None:
                         logger.image(step, "samples", path)
                     distributed.barrier(world)
                 if scores and score is not None:
-                    logger.scores(step, score(ema))
+                    logger.scores(step, score())
                 if saves or previews or scores:
                     logger.restart_clock(step)
                 if result.stop and step < config.steps:

@@ -1,14 +1,17 @@
 """Samplers on a Gaussian data set, whose best denoiser is a formula and whose ODE has a closed-form solution."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from diffit.diffusion import ClassifierFreeGuidance, SampleNoise, create_diffusion, create_sampler
-from diffit.diffusion.config import DiffusionConfig, EDMConfig, SamplingConfig
+from diffit.diffusion.config import SAMPLERS, DiffusionConfig, EDMConfig, ProcessConfig, SamplingConfig
 
 MEAN, STD = 0.3, 0.5
 PROCESS = create_diffusion("")
+PROCESSES = [process() for process in get_args(ProcessConfig)]
 
 
 def best_denoiser(x, t):
@@ -77,6 +80,49 @@ def test_the_model_sees_original_timesteps():
         assert seen == sorted(seen, reverse=True)
         assert seen[0] == 999
         assert seen[-1] < 120
+
+
+def knowing(process, x_start, z):
+    """The model that knows the image: what a perfect network of this process predicts for a data set of one."""
+    if isinstance(process, DiffusionConfig):
+        alphas_cumprod = torch.from_numpy(PROCESS.alphas_cumprod)
+
+        def model(x, t):
+            alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
+            eps = (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
+            return torch.cat([eps, -torch.ones_like(x)], dim=1)
+    elif isinstance(process, EDMConfig):
+
+        def model(x, c_noise):
+            sigma, data = (4 * c_noise.double()).exp().view(-1, 1, 1, 1), process.sigma_data
+            noisy = x * (sigma**2 + data**2).sqrt()
+            return (x_start - data**2 / (sigma**2 + data**2) * noisy) * (sigma**2 + data**2).sqrt() / (sigma * data)
+    else:
+
+        def model(x, t):
+            return z - x_start  # the velocity, which is the same at all times
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("process", "sampler"), [(process, sampler) for process in PROCESSES for sampler in SAMPLERS[process.name]]
+)
+def test_every_sampler_predicts_the_image(process, sampler):
+    """At every step x_start is that of the data set's only image, and so is the sample; the states before are not."""
+    churn = {"s_churn": 10.0} if process.name == "edm" else {}
+    sampling = SamplingConfig(sampler, 12, eta=0.5 if sampler == "ddim" else 0.0, **churn)
+    generator = torch.Generator().manual_seed(0)
+    x_start, z = (torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64).clamp(-1, 1) for _ in range(2))
+
+    def noise():
+        return torch.randn(z.shape, generator=generator, dtype=z.dtype)
+
+    states = list(create_sampler(process, sampling)(knowing(process, x_start, z), z, noise))
+    for state in states:
+        assert (state.pred_xstart - x_start).abs().max() < 2e-4 * max(1, state.x.abs().max())
+    assert (states[0].x - x_start).abs().max() > 0.3
+    assert (states[-1].x - x_start).abs().max() < 5e-3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

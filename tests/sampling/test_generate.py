@@ -200,8 +200,9 @@ def test_one_shape_where_the_network_is_compiled(sample, monkeypatch):
         network.register_forward_hook(lambda module, inputs, output: sizes.add(len(output)))
         return network
 
-    monkeypatch.setattr("diffit.sampling.generate.compiles", lambda device: True)
-    monkeypatch.setattr("diffit.sampling.generate.fast_network", spying)
+    for module in ("images", "generate"):
+        monkeypatch.setattr(f"diffit.sampling.{module}.compiles", lambda device: True)
+    monkeypatch.setattr("diffit.sampling.images.fast_network", spying)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **settings: None)
     filled, same_labels, _ = sample(flags)
     assert sizes <= {4, 8}  # with the null half and without

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffit import load_model, sample_images
+from diffit import ImageSampler, load_model, sample_images
 from diffit.cli.sample import parse_sample
 from diffit.sampling.generate import generate
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae
@@ -92,3 +92,48 @@ def test_refusals(checkpoints):
             sample_images(model, config, **settings)
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         sample_images(model.train(), config)
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_image_sampler_draws_what_the_script_draws(checkpoints, tmp_path, kind, fast):
+    """Also one step at a time; the labels are drawn, repeated in turn, or null."""
+    pictures = ImageSampler.load(checkpoints[kind], fast=fast, device="cpu")
+    images, labels = sampled(checkpoints[kind], tmp_path, f"--num_samples 3 --seed 4 --fast {fast}")
+    y = pictures.labels(range(3), 4)
+    np.testing.assert_array_equal(y, labels)
+    np.testing.assert_array_equal(pictures.draw(range(3), y, 4), images)
+    states = list(pictures.states(range(3), y, 4))
+    assert [state.step for state in states] == list(range(1, states[0].num_steps + 1))
+    np.testing.assert_array_equal(pictures.codec.decode(states[-1].x), images)
+    assert pictures.labels(range(1, 5), 4, [2, 0]).tolist() == [0, 2, 0, 2]
+    few = pictures.with_settings(num_sampling_steps=2, cfg_scale=1.0)
+    assert len(list(few.states([0], y[:1], 4))) == 2
+    assert few.config.guidance.scale == 1
+    with pytest.raises(ValueError, match="does not fit"):
+        pictures.with_settings(sampler="euler")
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_gradients_are_off_within_a_step_and_nowhere_else(checkpoints, kind):
+    """Whoever reads the states may compute gradients between two of them, and may stop reading at any."""
+    model, config = load_model(checkpoints[kind])
+    weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    within = []
+    model.register_forward_hook(lambda module, inputs, output: within.append(output.requires_grad))
+    pictures = ImageSampler.create(model, config, torch.device("cpu"))
+    for state in pictures.states(range(2), pictures.labels(range(2), 0)):
+        assert torch.is_grad_enabled()
+        assert (weight.sum() * 2).requires_grad
+        assert not any(each.requires_grad for each in (state.x, state.pred_xstart))
+    states = pictures.states(range(2), pictures.labels(range(2), 0))
+    next(states)
+    states.close()
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        states = pictures.states(range(2), pictures.labels(range(2), 0))
+        next(states)
+    next(states)
+    assert torch.is_grad_enabled()
+    assert within
+    assert not any(within)
