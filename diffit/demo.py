@@ -169,9 +169,12 @@ def denoise(
 
 def command(demo: Demo, settings: Settings) -> str:
     """The command line that makes the same picture, logs/app/png/000000.png."""
-    guided = {"cfg_cond": True} if demo.names else {}
+    guided: Settings = {"cfg_cond": True} if demo.names else {}
+    label = settings.get("class_labels")
+    if label is not None and list(demo.names).count(demo.names[label]) == 1:  # some names are numbers of other classes
+        guided["class_labels"] = demo.names[label]
     common = {"num_samples": 1, "log_dir": "logs/app", "save_png": True, "overwrite": True}
-    return shlex.join(["python", "sample.py", *demo.arguments, *flags_of(settings | guided | common)])
+    return shlex.join(["python", "sample.py", *demo.arguments, *flags_of(settings | common | guided)])
 
 
 def build_page(demo: Demo) -> gr.Blocks:
