@@ -30,7 +30,7 @@ from diffit.checkpoint.resolve import HUB_REPOSITORY
 from diffit.cli.run import one_sentence
 from diffit.evaluation.downloads import REFERENCES, cached
 from diffit.evaluation.features import create_backend
-from diffit.system.files import sha256, write_atomically
+from diffit.system.files import first_line, sha256, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = {"fid": "FID", "inception_score": "IS", "sfid": "sFID", "precision": "precision", "recall": "recall"}
@@ -47,7 +47,11 @@ def fetch(name: str) -> tuple[Path, str]:
         return Path(name), f"{sha256(Path(name))} (a local file, compared with nothing)"
     repository, _, file = name.rpartition("/")
     path = Path(hf_hub_download(repository, file))
-    digest, entry = sha256(path), HfApi().get_paths_info(repository, file)[0]
+    digest = sha256(path)
+    try:
+        entry = HfApi().get_paths_info(repository, file)[0]
+    except Exception as error:  # of requests or httpx, as huggingface_hub is older or newer: a node without a network
+        return path, f"{digest} (not compared, the Hub cannot be asked: {first_line(error)})"
     expected = entry.lfs.sha256 if entry.lfs else None  # the Hub has one of every large file
     if expected not in (None, digest):
         raise ValueError(f"{path} has the SHA-256 {digest}, the Hub's file {expected}: delete it and try again")
