@@ -1,8 +1,8 @@
 """How fast sampling and training are: python -m diffit.benchmark --cases Diffit-Fashion
 
-Baseline, default and `--fast True` take turns in one run, so that a machine that slows down slows all of them alike;
-what is printed are medians, with errors against the baseline. The baseline is float32 (TF32 on a GPU), attention as the
-products softmax(Q K^T / sqrt(D) + B) V, both halves of guidance at every step, nothing compiled.
+Variants take turns in one run, so that a machine that slows down slows all of them alike; what is printed are medians,
+with errors against the baseline. The baseline does the arithmetic of the released code: float32 (TF32 on a GPU),
+attention as the products softmax(Q K^T / sqrt(D) + B) V, both halves of guidance at every step, nothing compiled.
 
 Letters: B images of a batch.
 """
@@ -21,7 +21,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,17 +38,22 @@ from diffit.checkpoint.weights import load_weights
 from diffit.cli.run import one_sentence
 from diffit.codec import create_codec
 from diffit.config import Precision
+from diffit.data.loader import Batch
 from diffit.diffusion import SampleNoise, create_process, create_sampler, guided_model
 from diffit.diffusion.config import SKIP_BELOW
 from diffit.diffusion.samplers import model_at
 from diffit.models.config import build_model
-from diffit.models.fast import compiles, cpu_info, fast_network, fast_precision
-from diffit.nn.attention import TMSA, matmul_attention
+from diffit.models.fast import compiled, compiles, cpu_info, fast_network, fast_precision
+from diffit.nn.attention import ATTENTIONS, WindowAttention
 from diffit.sampling.images import ImageSampler
-from diffit.system.device import autocast, resolve_device, set_matmul_precision, to_device
+from diffit.system.device import autocast, resolve_device, set_matmul_precision
 from diffit.system.files import write_atomically
+from diffit.system.ranks import World
+from diffit.training.config import TrainConfig
 from diffit.training.ema import EMA
 from diffit.training.estimate import estimate, measured_peak
+from diffit.training.parallel import blocks
+from diffit.training.step import TrainState, train_step
 
 # Name -> (model, side of its images or None for its own, images at once on a GPU, on a CPU).
 CASES: dict[str, tuple[str, int | None, int, int]] = {
@@ -58,7 +63,13 @@ CASES: dict[str, tuple[str, int | None, int, int]] = {
     "ImageDiffit-FFHQ64": ("ImageDiffit-FFHQ64", None, 64, 2),
     "Diffit-Fashion": ("Diffit-Fashion", None, 256, 16),
 }
-PARTS = ("sampling", "training")
+# Part -> what is measured beside the baseline. compile: the whole network (in sampling to CUDA graphs); blocks: each
+# block by itself; graphs: the whole network to CUDA graphs; autocast: to 16 bits; fast: --fast True, but with both
+# halves of guidance at every step; skip: --fast True as it is.
+PARTS: dict[str, tuple[str, ...]] = {
+    "sampling": ("default", "compile", "autocast", "fast", "skip"),
+    "training": ("autocast", "compile", "compile+autocast", "blocks+autocast", "graphs+autocast"),
+}
 _SEED = 0
 
 # What is measured of a variant -> head of its column, and how its values are written.
@@ -84,12 +95,15 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of calls that take turns; the first of each, which compile and record CUDA graphs, do not count.
 
+    A turn on a GPU is four calls in a row, which run ahead of the device as a sampler's do.
+
     Args:
-        rounds: counted calls of each, at most.
+        rounds: counted turns of each, at most.
         seconds: no further round starts once the counted ones took this long; there is always one.
     """
-    for _ in range(3 if device.type == "cuda" else 1):
-        for call in calls.values():
+    first, in_a_row = (3, 4) if device.type == "cuda" else (1, 1)
+    for call in calls.values():
+        for _ in range(first):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
@@ -97,9 +111,10 @@ def interleaved(
         for name, call in calls.items():
             _synchronize(device)
             begin = time.perf_counter()
-            call()
+            for _ in range(in_a_row):
+                call()
             _synchronize(device)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append((time.perf_counter() - begin) / in_a_row)
         if time.perf_counter() - start > seconds:
             break
     return {name: median(found) for name, found in times.items()}
@@ -110,38 +125,61 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def _copy_of(model: nn.Module) -> nn.Module:
-    """A network of the same weights in the same memory, without gradients; its layers can be replaced."""
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
+def copy_of(model: nn.Module, attention: str = "fastest", trained: bool = False) -> nn.Module:
+    """A network of the same weights in the same memory; its layers can be replaced.
 
-
-def with_matmul_attention(model: nn.Module) -> nn.Module:
-    """The baseline's network: attention as its products, in place."""
-    for module in model.modules():
-        if isinstance(module, TMSA):
-            module.attention = matmul_attention
-    return model
+    Args:
+        attention: which of `diffit.nn.attention.ATTENTIONS` it computes.
+        trained: share the parameters themselves, and so their gradients; else there are none.
+    """
+    own = {id(p): p if trained else nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    copied = copy.deepcopy(model, own)
+    for module in copied.modules():
+        if isinstance(module, WindowAttention):
+            module.attention = ATTENTIONS[attention]
+    return copied
 
 
 def _is_guided(config: CheckpointConfig) -> bool:
     return config.network.num_classes > 0 and config.guidance.enabled and config.guidance.scale != 1
 
 
-def _variants(
-    config: CheckpointConfig, model: nn.Module, device: torch.device
-) -> dict[str, tuple[Any, CheckpointConfig, Precision]]:
-    """What takes turns in sampling: each network as it is called, and the settings and precision it is sampled with."""
-    exact: Precision = "tf32" if device.type == "cuda" else "fp32"
-    low, skipping = fast_precision(device), config
-    if config.process_config.num_timesteps is not None:
-        skipping = replace(config, guidance=replace(config.guidance, skip_below=SKIP_BELOW))
-    variants = {
-        "baseline": (with_matmul_attention(_copy_of(model)), config, exact),
-        "default": (_copy_of(model), config, exact),
-    }
-    if low != exact:
-        variants[f"{low} autocast"] = (autocast(_copy_of(model), device, low), config, low)
-    return variants | {"--fast True": (fast_network(_copy_of(model), low, device), skipping, low)}
+def _precisions(device: torch.device) -> tuple[Precision, Precision]:
+    """That of the baseline, and the 16 bits of `--fast True`, or fp32."""
+    return "tf32" if device.type == "cuda" else "fp32", fast_precision(device)
+
+
+Sampled = tuple[Any, CheckpointConfig, Precision]  # a network as it is called; what it is sampled with
+
+
+def _sampled(
+    config: CheckpointConfig,
+    skipping: CheckpointConfig,
+    model: nn.Module,
+    device: torch.device,
+    variants: Sequence[str],
+    attentions: Sequence[str],
+) -> dict[str, Sampled]:
+    """What takes turns in sampling; `skipping` is the config that leaves null halves out."""
+    exact, low = _precisions(device)
+    found: dict[str, Sampled] = {"baseline": (copy_of(model, "products"), config, exact)}
+    for attention in attentions:
+        after = "" if attention == "fastest" else f", {attention}"
+        build = partial(copy_of, model, attention)
+        if "default" in variants:
+            found[f"default{after}"] = (build(), config, exact)
+        if "compile" in variants and compiles(device):
+            network = compiled(build())
+            found[f"--compile True{after}"] = (network, config, exact)
+        if "autocast" in variants and low != exact:
+            network = autocast(build(), device, low)
+            found[f"{low} autocast{after}"] = (network, config, low)
+        if "fast" in variants or "skip" in variants:
+            network = fast_network(build(), low, device)
+            found[f"--fast True, both halves{after}"] = (network, config, low)
+            if "skip" in variants and skipping is not config:
+                found[f"--fast True{after}"] = (network, skipping, low)
+    return found
 
 
 @torch.no_grad()
@@ -152,18 +190,24 @@ def measure_sampling(
     device: torch.device,
     rounds: int,
     seconds: float,
+    variants: Sequence[str] = PARTS["sampling"],
+    attentions: Sequence[str] = ("fastest",),
     whole_batches: bool = False,
 ) -> list[Row]:
     """Guided calls of the network for `batch` images and, if wanted and affordable, whole batches."""
-    variants, network = _variants(config, model, device), config.network
+    network = config.network
     noise = SampleNoise(_SEED, range(batch), (network.in_channels, network.input_size, network.input_size), device)
     labels, x = noise.labels(max(network.num_classes, 1)), noise.start()
     sampler = create_sampler(config.process_config, config.sampling)
     times = _visited_times(sampler, config, device)
+    skipping = config
+    if config.process_config.num_timesteps is not None and _is_guided(config):
+        skipping = replace(config, guidance=replace(config.guidance, skip_below=SKIP_BELOW))
+    sampled = _sampled(config, skipping, model, device, variants, attentions)
 
     def denoiser(name: str, t: float) -> tuple[Any, bool]:
         """The guided network at t, and whether its null half is skipped there."""
-        call, config, _ = variants[name]
+        call, config, _ = sampled[name]
         guided: Any = guided_model(
             call, labels, network.num_classes, config.guidance, config.process_config, network.input_size
         )
@@ -171,36 +215,36 @@ def measure_sampling(
         return at_t, at_t is not guided
 
     def predict(name: str, t: float) -> Tensor:
-        set_matmul_precision(variants[name][2])
+        set_matmul_precision(sampled[name][2])
         return denoiser(name, t)[0](x, torch.full((batch,), t, device=device)).float()
 
     # A call that skips costs half: both kinds are timed, and weighted by the sampler's steps.
-    share = sum(denoiser("--fast True", t)[1] for t in times) / len(times)
-    calls = {name: partial(predict, name, min(times)) for name in variants}
-    if share:
-        calls["skipped"] = partial(predict, "--fast True", max(times))
+    calls = {name: partial(predict, name, min(times)) for name in sampled}
+    shares = {name: sum(denoiser(name, t)[1] for t in times) / len(times) for name in sampled}
+    for name, share in shares.items():
+        if share:
+            calls[f"skipped {name}"] = partial(predict, name, max(times))
     found = interleaved(calls, device, rounds, seconds)
-    found["--fast True"] += share * (found.get("skipped", 0) - found["--fast True"])
     rows = []
-    for name, (_, _, precision) in variants.items():
-        passes = 1.0 + _is_guided(config) - (share if name == "--fast True" else 0)
-        flops = passes * estimate(network).flops / 3  # of a forward pass alone
+    for name, (_, _, precision) in sampled.items():
+        found[name] += shares[name] * (found.get(f"skipped {name}", 0) - found[name])
+        flops = (1.0 + _is_guided(config) - shares[name]) * estimate(network).flops / 3  # of a forward pass alone
         row = _row(name, precision, found, batch, flops, device, calls[name])
         probes = sorted(times)[:: max(1, len(times) // 3)]
         error = torch.stack([predict(name, t) - predict("baseline", t) for t in probes])
         row |= {"images_per_s": row["images_per_s"] / len(times)}
         rows.append(row | {"max_error": error.abs().max().item(), "rms_error": error.square().mean().sqrt().item()})
-    if not whole_batches or len(times) * sum(found[name] for name in variants) > seconds:
+    if not whole_batches or len(times) * sum(found[name] for name in sampled) > seconds:
         return rows
     codec, images = create_codec(config.codec, device), dict[str, Tensor]()
 
     def sample(name: str) -> None:
-        network, config, precision = variants[name]
+        network, config, precision = sampled[name]
         set_matmul_precision(precision)
         images[name] = ImageSampler(network, config, sampler, codec).draw(range(batch), labels, _SEED)
 
-    whole = interleaved({name: partial(sample, name) for name in variants}, device, max(1, rounds // 2), seconds)
-    for name, row in zip(variants, rows, strict=True):
+    whole = interleaved({name: partial(sample, name) for name in sampled}, device, max(1, rounds // 2), seconds)
+    for name, row in zip(sampled, rows, strict=True):
         row |= {"whole_batch_s": whole[name], "whole_batch_speedup": whole["baseline"] / whole[name]}
         row |= {"pixels": (images[name] != images["baseline"]).float().mean().item()}
     return rows
@@ -245,40 +289,55 @@ def _visited_times(sampler: Any, config: CheckpointConfig, device: torch.device)
 
 
 def measure_training(
-    config: CheckpointConfig, model: nn.Module, batch: int, device: torch.device, rounds: int, seconds: float
+    config: CheckpointConfig,
+    model: nn.Module,
+    batch: int,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    variants: Sequence[str] = PARTS["training"],
+    attentions: Sequence[str] = ("fastest",),
 ) -> list[Row]:
-    """Whole optimizer steps: forward, loss, backward, AdamW, EMA."""
-    process, network = create_process(config.process_config), config.network
+    """Whole optimizer steps of train.py, without its data."""
+    network, (exact, low) = config.network, _precisions(device)
     generator = torch.Generator().manual_seed(_SEED)
     shape = (batch, network.in_channels, network.input_size, network.input_size)
-    x_start, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    t = to_device(process.draw_t(np.random.default_rng(_SEED), batch), device)
-    y = torch.zeros(batch, dtype=torch.int64, device=device)
-    exact: Precision = "tf32" if device.type == "cuda" else "fp32"
-    low, ema = fast_precision(device), EMA(model)
-
-    def step(call: Any, optimizer: torch.optim.Optimizer, precision: Precision) -> None:
-        set_matmul_precision(precision)
-        process.training_losses(lambda x, t: call(x, t, y), x_start, t, noise).loss.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(model, 0.999)
-
+    x_start, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    conditions = {"y": torch.zeros(batch, dtype=torch.int64), "drop_label": torch.zeros(batch, dtype=torch.bool)}
+    process = create_process(config.process_config)
+    t = torch.from_numpy(process.draw_t(np.random.default_rng(_SEED), batch))
+    data = Batch(x_start, noise, t, conditions).to(device)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5, fused=device.type != "mps")
-    variants: dict[str, tuple[Any, Precision]] = {"baseline": (model, exact)}
-    if low != exact:
-        variants[f"{low} autocast"] = (autocast(model, device, low), low)
-    if compiles(device):
-        compiled: Any = torch.compile(model)
-        variants["compiled"] = (compiled, exact)
-        variants[f"compiled, {low} autocast"] = (autocast(compiled, device, low), low)
-    calls = {name: partial(step, call, optimizer, precision) for name, (call, precision) in variants.items()}
-    found = interleaved(calls, device, rounds, seconds)
-    flops = estimate(network).flops
-    return [
-        _row(name, precision, found, batch, flops, device, calls[name]) for name, (_, precision) in variants.items()
-    ]
+    state = TrainState(
+        model=model,
+        forward=model,
+        emas={"ema": EMA(model)},
+        process=process,
+        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=device.type != "mps"),
+        scaler=torch.amp.GradScaler(device.type, enabled=low == "fp16"),
+    )
+
+    def step(forward: Any, precision: Precision) -> None:
+        set_matmul_precision(precision)
+        settings = TrainConfig(batch_size=batch, precision=precision)
+        train_step(replace(state, forward=forward), data, settings, World())
+
+    calls: dict[str, Callable[[], object]] = {"baseline": partial(step, model, exact)}
+    precisions: dict[str, Precision] = {"baseline": exact}
+    for variant, attention in ((v, a) for v in variants for a in attentions):
+        how, precision = variant.removesuffix("autocast"), low if variant.endswith("autocast") else exact
+        if (how and not compiles(device)) or (not how and low == exact):
+            continue
+        forward: Any = copy_of(model, attention, trained=True)
+        if how == "blocks+":
+            for block in blocks(forward):
+                block.compile()
+        elif how:
+            forward = torch.compile(forward, mode="reduce-overhead" if how == "graphs+" else None)
+        name = variant if attention == "fastest" else f"{variant}, {attention}"
+        calls[name], precisions[name] = partial(step, forward, precision), precision
+    found, flops = interleaved(calls, device, rounds, seconds), estimate(network).flops
+    return [_row(name, precisions[name], found, batch, flops, device, call) for name, call in calls.items()]
 
 
 @cache
@@ -302,10 +361,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Resolve the command line. Ends the program with one sentence and exit code 2 if it cannot be."""
     parser = argparse.ArgumentParser(prog="python -m diffit.benchmark", description=__doc__, exit_on_error=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    names = {part: ", ".join(variants) for part, variants in PARTS.items()}
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"the models, of {', '.join(CASES)}")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), help="sampling, training or, by default, both")
+    parser.add_argument(
+        "--variants", nargs="+", help=f"of sampling {names['sampling']}, of training {names['training']}"
+    )
+    parser.add_argument("--attention", nargs="+", default=["fastest"], help=f"of {', '.join(ATTENTIONS)}")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--batch_size", type=int, help="images at once; by default what suits case and device")
+    parser.add_argument("--depth", type=int, help="blocks of a latent network with random weights, for a quick look")
     parser.add_argument("--model_path", help="weights of the one case that is named; by default random or bundled ones")
     parser.add_argument("--rounds", type=int, default=9, help="counted turns of every variant, at most (default: 9)")
     parser.add_argument("--seconds", type=float, default=120, help="no new round starts after these (default: 120)")
@@ -314,15 +379,39 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(f"{error}; {parser.prog} --help lists all settings") from error
-    for name, known in (("cases", tuple(CASES)), ("parts", PARTS)):
+    args.variants = args.variants or [name for part in PARTS.values() for name in part]
+    known: dict[str, Collection[str]] = {
+        "cases": CASES,
+        "parts": PARTS,
+        "attention": ATTENTIONS,
+        "variants": set().union(*PARTS.values()),
+    }
+    for name, values in known.items():
         for value in getattr(args, name):
-            if value not in known:
-                raise ValueError(f"--{name} {value} is unknown: choose of {', '.join(known)}")
+            if value not in values:
+                raise ValueError(f"--{name} {value} is unknown: choose of {', '.join(sorted(values))}")
     if args.model_path and len(args.cases) != 1:
         raise ValueError("--model_path belongs to one case: name it with --cases")
-    if args.rounds < 1 or (args.batch_size is not None and args.batch_size < 1):
-        raise ValueError("--rounds and --batch_size must be at least 1")
+    if min(args.rounds, args.batch_size or 1, args.depth or 1) < 1:
+        raise ValueError("--rounds, --batch_size and --depth must be at least 1")
     return args
+
+
+def _load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[CheckpointConfig, nn.Module, bool]:
+    """A case's config, its network in eval mode, and whether that is trained."""
+    model_name, side, *_ = CASES[name]
+    torch.manual_seed(_SEED)
+    if args.model_path is not None or model_name in BUNDLED:
+        source, config = find_checkpoint(model_name, args.model_path, side)
+        return config, load_weights(source.fetch(), config).eval().to(device), True
+    config = default_config(model_name, side)
+    if args.depth and hasattr(config.network, "depth"):
+        config = replace(config, network=replace(config.network, depth=args.depth))
+    with device:
+        model = build_model(config.network).eval()
+    head: Any = getattr(model, "head", None) or model.get_submodule("final_layer.linear")
+    nn.init.xavier_uniform_(head.weight.detach().flatten(1))  # it starts at zero, and so would all predictions
+    return config, model, False
 
 
 def run(args: argparse.Namespace) -> None:
@@ -337,19 +426,8 @@ def run(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     found: dict[str, Any] = {"machine": machine, "cases": {}}
     for name in args.cases:
-        torch.manual_seed(_SEED)
-        model_name, side, *batches = CASES[name]
-        trained = args.model_path is not None or model_name in BUNDLED
-        if trained:
-            source, config = find_checkpoint(model_name, args.model_path, side)
-            model = load_weights(source.fetch(), config)
-        else:
-            config = default_config(model_name, side)
-            model = build_model(config.network)
-            head: Any = getattr(model, "head", None) or model.get_submodule("final_layer.linear")
-            nn.init.xavier_uniform_(head.weight.detach().flatten(1))  # it starts at zero, and so would all predictions
-        model.eval().to(device)
-        batch = args.batch_size or batches[device.type != "cuda"]
+        config, model, trained = _load(name, args, device)
+        batch = args.batch_size or CASES[name][2 if device.type == "cuda" else 3]
         guided = f"guided at {config.guidance.scale:g}" if _is_guided(config) else "unguided"
         macs = estimate(config.network).flops / 6e9
         weights = "trained" if trained else "random"
@@ -358,7 +436,8 @@ def run(args: argparse.Namespace) -> None:
         parts: dict[str, Callable[..., list[Row]]]
         parts = {"sampling": partial(measure_sampling, whole_batches=trained), "training": measure_training}
         for part in [part for part in parts if part in args.parts]:
-            rows = parts[part](config, model, batch, device, args.rounds, args.seconds)
+            variants = [variant for variant in PARTS[part] if variant in args.variants]
+            rows = parts[part](config, model, batch, device, args.rounds, args.seconds, variants, args.attention)
             print(f"\n{part.capitalize()}:\n\n{table(rows, training=part == 'training')}", flush=True)
             measured[part] = rows
             torch.compiler.reset()

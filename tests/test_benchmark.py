@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffit import load_model
-from diffit.benchmark import _copy_of, interleaved, measure_sampling, parse, with_matmul_attention
+from diffit.benchmark import copy_of, interleaved, measure_sampling, parse
 from diffit.checkpoint.weights import CheckpointConfig
 from diffit.diffusion.config import GuidanceConfig, SamplingConfig
 from diffit.models.fast import fast_network, fast_precision
@@ -37,7 +37,7 @@ def test_fast_is_not_slower_than_the_baseline():
     model, _ = load_model("Diffit-Fashion")
     model.requires_grad_(False)
     precision = fast_precision(CPU)
-    baseline, fast = with_matmul_attention(_copy_of(model)), fast_network(_copy_of(model), precision, CPU)
+    baseline, fast = copy_of(model, "products"), fast_network(copy_of(model), precision, CPU)
     x, t, y = torch.randn(32, 4, 8, 8), torch.full((32,), 500), torch.arange(32) % 11
     times = interleaved({"baseline": lambda: baseline(x, t, y), "fast": lambda: fast(x, t, y)}, CPU, 9, 60)
     assert times["baseline"] / times["fast"] > (1.15 if precision == "bf16" else 0.85)
@@ -69,6 +69,8 @@ def test_one_case(tmp_path):
         ("--parts sleeping", "choose of sampling, training"),
         ("--model_path x.safetensors", "belongs to one case"),
         ("--rounds 0", "must be at least 1"),
+        ("--variants slow", "choose of autocast, blocks+autocast, compile"),
+        ("--attention none", "choose of fastest, fused, products"),
         ("--rounds many", "argument --rounds: invalid int value"),
     ],
 )

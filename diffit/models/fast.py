@@ -3,8 +3,8 @@
 - In 16 bits the blocks' weights are kept so, not cast at every call. Residuals, norms and softmax's sums stay in
   float32, and so do the embedders, the first layer and, in image space, the last.
 - On a CPU a layer is one call of oneDNN, GELU included, with weights in its own layout.
-- The relative position bias is spread once. What all keys share is left out, for softmax does not see it.
-- On CUDA the network is compiled to CUDA graphs.
+- The relative position bias is spread once, and what time adds to keys and values is left out or added later.
+- On CUDA the GELU is part of the product before it.
 
 Letters: B batch, W windows per image, w side of a window, N = w*w tokens of a window, C channels, E channels of the
 conditioning token, H heads, D = C/H.
@@ -24,7 +24,7 @@ from torch.utils._triton import has_triton
 from diffit.config import Precision
 from diffit.models.image import DiffiTResBlock, ImageDiffiT
 from diffit.models.latent import DiffiT
-from diffit.nn.attention import TMSA, Attention, fused_attention, matmul_attention, relative_position_bias
+from diffit.nn.attention import TMSA, relative_position_bias
 from diffit.nn.block import DiffiTBlock
 from diffit.system.device import product_dtype
 
@@ -52,8 +52,13 @@ def compiles(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()  # which is not there on Windows, nor for old GPUs
 
 
-def fast_network(model: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
-    """The network as sampling calls it, prepared in place and, on CUDA, compiled to CUDA graphs: one a shape.
+def compiled(network: Any) -> Any:
+    """A network that is compiled at its first call, on CUDA to CUDA graphs: one a shape."""
+    return torch.compile(network, mode="reduce-overhead", dynamic=False)
+
+
+def fast_network(model: nn.Module, precision: Precision, device: torch.device) -> Any:
+    """The network as `--fast True` calls it, prepared in place and, on CUDA, compiled.
 
     Args:
         model: a DiffiT or ImageDiffiT in eval mode, on the device.
@@ -63,9 +68,7 @@ def fast_network(model: nn.Module, precision: Precision, device: torch.device) -
         ValueError: see `prepare_for_sampling`.
     """
     prepared = prepare_for_sampling(model, product_dtype(precision))
-    if not compiles(device):
-        return prepared
-    return torch.compile(prepared, mode="reduce-overhead", dynamic=False)  # type: ignore[return-value]
+    return compiled(prepared) if compiles(device) else prepared
 
 
 @torch.no_grad()
@@ -86,7 +89,7 @@ def prepare_for_sampling(model: Any, dtype: torch.dtype = torch.float32) -> Any:
         model.to(memory_format=torch.channels_last)
     _replace(model, DiffiTBlock, lambda block: FastBlock(block, dtype))
     if isinstance(model, DiffiT):
-        _replace(model.final_layer, nn.Linear, lambda layer: FastLinear(layer, dtype))
+        _replace(model.final_layer, nn.Linear, lambda layer: FastLinear(layer.weight, layer.bias, dtype))
     else:
         for trunk in (model.encoder, model.downs, model.ups, model.decoder):
             _replace(trunk, nn.Conv2d, lambda conv: FastConv(conv, dtype))
@@ -113,17 +116,6 @@ def _replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.
             _replace(child, kind, make)
 
 
-def without_keys(rows: Tensor) -> Tensor:
-    """A projection's rows [3C, ...] for queries, keys and values, with zeros for the keys.
-
-    What all keys share, as they share their bias and the conditioning token's projection, adds the same number to all
-    scores of a query, which softmax does not see: Eq. 6 stays what it is. Left out, scores are smaller, and rounding
-    them to 16 bits costs less.
-    """
-    q, k, v = rows.chunk(3)
-    return torch.cat([q, torch.zeros_like(k), v])
-
-
 def _onednn_takes(weight: Tensor) -> bool:
     """Whether the CPU library that fuses layers is there, and works in this precision on this processor."""
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -136,15 +128,16 @@ class FastLinear(nn.Module):
     """A linear layer whose weights no longer change, and perhaps the GELU after it.
 
     Args:
-        layer: the nn.Linear whose weights it takes.
+        weight: [C', C].
+        bias: [C'], or None.
         dtype: of weights and output; its input may have any.
         gelu: apply GELU, in its tanh approximation, to the output.
     """
 
-    def __init__(self, layer: Any, dtype: torch.dtype, gelu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
-        self.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        self.bias: Any = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         self.dtype, self.gelu = dtype, gelu
         takes = _onednn_takes(self.weight)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight) if takes else None
@@ -157,6 +150,10 @@ class FastLinear(nn.Module):
             # one): by itself, a CPU's GELU in 16 bits takes as long as the product before it.
             after, how = ("gelu", "tanh") if self.gelu else ("none", "")
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, after, [], how)
+        if self.gelu and x.device.type == "cuda":
+            # In the product's epilogue; cublasLt's GELU is the tanh form. (Elsewhere this function's is the exact one.)
+            out = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+            return out.view(*x.shape[:-1], -1)
         x = F.linear(x, self.weight, self.bias)
         return F.gelu(x, approximate="tanh") if self.gelu else x
 
@@ -173,37 +170,43 @@ class FastConv(nn.Module):
 
 
 class FastTMSA(nn.Module):
-    """A TMSA whose weights no longer change: the bias is spread once, and the layers may be kept in 16 bits.
+    """A TMSA whose weights no longer change, with what time adds in fewer places.
+
+    Let q_t, k_t, v_t be what conditioning token and biases add to queries, keys and values (Eq. 3-5): the same vector
+    for all tokens of an image. Then Eq. 6 stays what it is, but for rounding, when
+
+    - k_t is left out: it adds the same number to all scores of a query, which softmax does not see. Scores are smaller,
+      and rounding them to 16 bits costs less.
+    - v_t is added after it: rows of softmax sum to 1, so attention(q, k, v + v_t) = attention(q, k, v) + v_t. After the
+      projection W that is a vector W v_t for each image, which one product makes of the token.
+
+    Only queries need an addition to every token, and nothing is copied. The bias is spread once.
 
     Args:
         attn: the TMSA, whose weights it takes.
-        dtype: of everything within but the projection of the conditioning token; inputs may have any.
-        attention: the function of Eq. 6; by default the fastest measured on this device (docs/benchmarks.md).
+        dtype: of everything within but the projections of the conditioning token; inputs may have any.
     """
 
     bias: Tensor
 
-    def __init__(self, attn: TMSA, dtype: torch.dtype, attention: Attention | None = None) -> None:
+    def __init__(self, attn: TMSA, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_heads, self.dtype = attn.num_heads, dtype
-        # In 16 bits a CPU is faster, up to 64 tokens, with the products themselves than with its fused attention.
-        few = attn.qkv.weight.device.type == "cpu" and attn.window_size <= 8 and dtype != torch.float32
-        self.attention = attention or (matmul_attention if few else fused_attention)
-        self.qkv, self.qkv_temb, self.proj = FastLinear(attn.qkv, dtype), attn.qkv_temb, FastLinear(attn.proj, dtype)
-        self.qkv.bias = nn.Parameter(without_keys(self.qkv.bias), requires_grad=False)
-        for parameter in self.qkv_temb.parameters():
-            parameter.data = without_keys(parameter.data)
+        self.num_heads, self.dtype, self.attention = attn.num_heads, dtype, attn.attention
+        self.qkv, self.proj = FastLinear(attn.qkv.weight, None, dtype), FastLinear(attn.proj.weight, None, dtype)
+        (q_t, _, v_t), (q_b, _, v_b) = attn.qkv_temb.weight.chunk(3), (attn.qkv_temb.bias + attn.qkv.bias).chunk(3)
+        rows, biases = [q_t, attn.proj.weight @ v_t], [q_b, attn.proj.weight @ v_b + attn.proj.bias]
+        self.temb = FastLinear(torch.cat(rows), torch.cat(biases), torch.float32)  # [2C, E]
         bias = relative_position_bias(attn.relative_position_bias_table.detach(), attn.window_size)[None]
         self.register_buffer("bias", bias.to(dtype).contiguous(), persistent=False)  # [1, H, N, N]
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x: tokens [B, W, N, C]; cond: conditioning token [B, E]. Returns [B, W, N, C] in the layers' precision."""
         B, W, N, C = x.shape
-        temb = self.qkv_temb(cond).to(self.dtype)  # [B, 3C]
-        qkv = self.qkv(x).add_(temb[:, None, None])  # Eq. 3-5: [B, W, N, 3C]
-        q, k, v = qkv.view(B * W, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B*W, H, N, D]
+        q_t, out_t = self.temb(cond).to(self.dtype)[:, None, None].chunk(2, dim=-1)  # each [B, 1, 1, C]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # Eq. 3-5: each [B, W, N, C]
+        q, k, v = (y.view(B * W, N, self.num_heads, -1).transpose(1, 2) for y in (q + q_t, k, v))  # [B*W, H, N, D]
         out = self.attention(q, k, v, self.bias)  # Eq. 6: [B*W, H, N, D]
-        return self.proj(out.transpose(1, 2).reshape(B, W, N, C))  # [B, W, N, C]
+        return self.proj(out.transpose(1, 2).reshape(B, W, N, C)).add_(out_t)  # [B, W, N, C]
 
 
 class FastBlock(nn.Module):
@@ -219,8 +222,8 @@ class FastBlock(nn.Module):
         assert isinstance(block.attn, TMSA)
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.attn = FastTMSA(block.attn, dtype)
-        self.fc1 = FastLinear(block.mlp.fc1, dtype, gelu=True)
-        self.fc2 = FastLinear(block.mlp.fc2, dtype)
+        self.fc1 = FastLinear(block.mlp.fc1.weight, block.mlp.fc1.bias, dtype, gelu=True)
+        self.fc2 = FastLinear(block.mlp.fc2.weight, block.mlp.fc2.bias, dtype)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x: tokens [B, W, N, C], which it overwrites; cond: conditioning token [B, E]. Returns [B, W, N, C]."""

@@ -21,7 +21,7 @@ def naive_tmsa(module: TMSA, x: torch.Tensor, cond: torch.Tensor) -> torch.Tenso
             for h in range(heads):
                 part = slice(h * D, (h + 1) * D)
                 for i in range(N):
-                    logits = torch.empty(N)
+                    logits = torch.empty(N, dtype=x.dtype)
                     for j in range(N):
                         rows, columns = i // side - j // side, i % side - j % side
                         offset = (rows + side - 1) * (2 * side - 1) + columns + side - 1

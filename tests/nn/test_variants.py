@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from diffit import create_model
-from diffit.benchmark import _copy_of
+from diffit.benchmark import copy_of
 from diffit.models.config import model_config
 from diffit.models.fast import prepare_for_sampling
 from diffit.nn.attention import TMSA
@@ -209,7 +209,7 @@ def test_the_fast_path_computes_the_same_or_refuses(name, settings):
         "adaln": "AdaLNBlock",
     }.get(settings.get("conditioning", ""), "PlainBlock" if "decoder" in settings else None)
     if named is None:
-        result = prepare_for_sampling(_copy_of(model))(x, t, y)
+        result = prepare_for_sampling(copy_of(model))(x, t, y)
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     else:
         with pytest.raises(ValueError, match=f"--fast does not know how to compute a {named}: leave --fast out"):
