@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, int | None, int, int]] = {
 # halves of guidance at every step; skip: --fast True as it is.
 PARTS: dict[str, tuple[str, ...]] = {
     "sampling": ("default", "compile", "autocast", "fast", "skip"),
-    "training": ("autocast", "compile", "compile+autocast", "blocks+autocast", "graphs+autocast"),
+    "training": ("default", "autocast", "compile", "compile+autocast", "blocks+autocast", "graphs+autocast"),
 }
 _SEED = 0
 
@@ -262,7 +262,7 @@ def _row(
     """Of a call that takes seconds[name] for `batch` images, each of so many operations."""
     images_per_s = batch / seconds[name]
     row: Row = {"variant": name, "precision": precision, "ms": 1e3 * seconds[name]}
-    row |= {"speedup": seconds["baseline"] / seconds[name], "images_per_s": images_per_s}
+    row |= {"speedup": next(iter(seconds.values())) / seconds[name], "images_per_s": images_per_s}
     row["peak_share"] = flops * images_per_s / _peak(device, precision)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -322,17 +322,18 @@ def measure_training(
         settings = TrainConfig(batch_size=batch, precision=precision)
         train_step(replace(state, forward=forward), data, settings, World())
 
-    calls: dict[str, Callable[[], object]] = {"baseline": partial(step, model, exact)}
-    precisions: dict[str, Precision] = {"baseline": exact}
+    calls: dict[str, Callable[[], object]] = {}
+    precisions: dict[str, Precision] = {}
     for variant, attention in ((v, a) for v in variants for a in attentions):
-        how, precision = variant.removesuffix("autocast"), low if variant.endswith("autocast") else exact
-        if (how and not compiles(device)) or (not how and low == exact):
+        how, low_precision = variant.removesuffix("autocast"), variant.endswith("autocast")
+        if (low_precision and low == exact) or (how not in ("default", "") and not compiles(device)):
             continue
+        precision = low if low_precision else exact
         forward: Any = copy_of(model, attention, trained=True)
         if how == "blocks+":
             for block in blocks(forward):
                 block.compile()
-        elif how:
+        elif how not in ("default", ""):
             forward = torch.compile(forward, mode="reduce-overhead" if how == "graphs+" else None)
         name = variant if attention == "fastest" else f"{variant}, {attention}"
         calls[name], precisions[name] = partial(step, forward, precision), precision
@@ -438,7 +439,8 @@ def run(args: argparse.Namespace) -> None:
         for part in [part for part in parts if part in args.parts]:
             variants = [variant for variant in PARTS[part] if variant in args.variants]
             rows = parts[part](config, model, batch, device, args.rounds, args.seconds, variants, args.attention)
-            print(f"\n{part.capitalize()}:\n\n{table(rows, training=part == 'training')}", flush=True)
+            if rows:  # none where no variant can be had here
+                print(f"\n{part.capitalize()}:\n\n{table(rows, training=part == 'training')}", flush=True)
             measured[part] = rows
             torch.compiler.reset()
         found["cases"][name] = measured

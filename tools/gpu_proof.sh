@@ -1,107 +1,130 @@
 #!/usr/bin/env bash
-# Measure on one GPU what this project says of GPUs: the tests, sampling, training, and a real training run.
+# Measure on a GPU what this project says of GPUs: its own tests, sampling, training, train.py itself, several GPUs.
 #
 #   bash tools/gpu_proof.sh OUT [MINUTES]
 #
-# Works for MINUTES (9 by default), then stops; the same command again goes on, and says 'all done' at the end. A part
-# leaves OUT/PART.log, most of them OUT/PART.json, and OUT/PART.done; one that failed is shown and tried again next time.
-# A part that is longer than what is left is put off, but training runs, which go on from their checkpoints.
-# TOY=1 takes the smallest sizes, to try the script itself on a CPU.
+# Works for MINUTES (9 by default), one process after the other, the most telling first, and prints a table at the end,
+# also when time ran out. A part leaves OUT/PART.log and most of them OUT/PART.json; OUT/summary.json holds all of them.
+# The same command again goes on with what is missing. In front of it:
+#   DEPTH=5 ATTENTION="fused products"   compares ways to attend in short networks, which compile sooner
+#   TOY=1                                tries the script itself at the smallest sizes, on a CPU
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=$(realpath -m "${1:?name the folder of the results}")
-end=$((SECONDS + 60 * ${2:-9}))
+end=$((SECONDS + $(awk "BEGIN { print int(60 * ${2:-9}) }")))
 python=${PYTHON:-python}
 mkdir -p "$out"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/inductor}
 missing=0
 
-# part NAME MINUTES COMMAND ...: run a command once, if its minutes are left; 0 minutes: it may be stopped at any time.
+"$python" - <<'PYTHON' || exit
+import importlib.util
+import sys
+
+needed = "torch torchvision timm diffusers numpy scipy PIL tqdm safetensors huggingface_hub jsonargparse"
+needed += " docstring_parser typeshed_client lazy_loader yaml pytest tensorboard"
+missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"Python packages are missing: {' '.join(missing)}")
+PYTHON
+
+# part NAME SECONDS COMMAND ...: run a command once, for so long at most.
 part() {
-    local name=$1 minutes=$2 left=$((end - SECONDS)) code
+    local name=$1 limit=$2 left=$((end - SECONDS)) code
     shift 2
     [ -e "$out/$name.done" ] && return
     missing=$((missing + 1))
-    if [ "$left" -lt 20 ] || [ "$left" -lt $((60 * minutes)) ]; then
+    if [ "$left" -lt 15 ]; then
         echo "later: $name"
         return
     fi
-    echo "now: $name"
-    timeout --signal=TERM --kill-after=60 "$left" "$@" > "$out/$name.log" 2>&1
+    timeout --signal=TERM --kill-after=10 "$((limit < left ? limit : left))" "$@" > "$out/$name.log" 2>&1
     code=$?
-    case $code in
-        0) touch "$out/$name.done"; missing=$((missing - 1)) ;;
-        75 | 124 | 143) echo "goes on next time: $name" ;;
-        *) echo "failed ($code): $name"; tail -n 15 "$out/$name.log" ;;
-    esac
+    echo "$name: exit code $code after $((left - end + SECONDS)) s"
+    if [ "$code" = 0 ]; then
+        touch "$out/$name.done"
+        missing=$((missing - 1))
+    else
+        tail -n 12 "$out/$name.log" | cut -c 1-300
+    fi
+}
+
+benchmark() { # NAME SECONDS CASE BATCH PART VARIANT ...
+    local name=$1 seconds=$2 flags=(--cases "$3" --batch_size "$4" --parts "$5")
+    shift 5
+    flags+=(--variants "$@" --attention ${ATTENTION:-fastest} --seconds 15 --json "$out/$name.json")
+    part "$name" "$seconds" "$python" -m diffit.benchmark "${flags[@]}" ${DEPTH:+--depth "$DEPTH"} "${toy[@]}"
+}
+
+train() { # NAME SECONDS LAUNCHER FLAGS ...: a few hundred steps of train.py, its rate in the log
+    local name=$1 seconds=$2 launcher=$3
+    shift 3
+    part "$name" "$seconds" $launcher train.py --config "configs/$recipe.yaml" --run_dir "$out/runs/$name" \
+        --steps "$steps" --tracker none "$@"
 }
 
 machine() {
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null
-    "$python" - <<'PYTHON'
-import platform
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader 2> /dev/null
+    "$1" -c '
+import json, platform, sys, torch
 from importlib.metadata import version
-
-import torch
-
-print(platform.processor() or platform.machine(), "python", platform.python_version())
-print({name: version(name) for name in ("torch", "torchvision", "diffusers", "timm", "numpy")})
-print("CUDA", torch.version.cuda, "devices", torch.cuda.device_count(), "bf16", torch.cuda.is_bf16_supported())
-PYTHON
-}
-
-benchmark() { # NAME MINUTES CASE BATCH PARTS
-    part "$1" "$2" "$python" -m diffit.benchmark --cases "$3" --batch_size "$4" --parts "$5" --json "$out/$1.json" "${short[@]}"
-}
-
-train() { # NAME RECIPE FLAGS ...: train, then score 10,000 unguided and 1,000 recommended samples
-    local name=$1 recipe=$2 run=$out/runs/$1
-    shift 2
-    part "train_$name" 0 "$python" train.py --config "configs/$recipe.yaml" --run_dir "$run" "$@"
-    [ -e "$out/train_$name.done" ] || return
-    for kind in unguided recommended; do
-        part "score_${name}_$kind" 1 bash -c '
-            set -e
-            weights=$(ls -d "$1"/checkpoints/[0-9]*/ | tail -n 1)ema.safetensors
-            folder=$1/samples_$2
-            if [ "$2" = unguided ]; then more=(--cfg_cond False --num_samples "$4"); else more=(--num_samples "$5"); fi
-            "$0" sample.py --model_path "$weights" --log_dir "$folder" --batch_size 500 "${more[@]}"
-            PYTHON=$0 bash eval_run.sh --log_dir "$folder" --json "$3"
-        ' "$python" "$run" "$kind" "$out/score_${name}_$kind.json" "$unguided" "$recommended"
-    done
+names = ("torch", "torchvision", "triton", "diffusers", "timm", "numpy")
+found = {name: version(name) for name in names if name != "triton" or torch.cuda.is_available()}
+found |= {"python": platform.python_version(), "cuda": torch.version.cuda, "gpus": torch.cuda.device_count()}
+json.dump(found, open(sys.argv[1], "w"))
+print(found)' "$2"
 }
 
 if [ -n "${TOY:-}" ]; then
-    short=(--rounds 1 --seconds 1)
-    unguided=40 recommended=20
-    part machine 0 bash -c "$(declare -f machine); python=$python; machine"
-    part tests_nn 0 "$python" -m pytest tests/nn
-    benchmark sampling_fashion 0 Diffit-Fashion 2 sampling
-    benchmark training_fashion 0 Diffit-Fashion 2 training
-    train latent fashion_mnist_laptop --steps 4 --batch_size 8 --save_every 2
+    toy=(--rounds 1 --depth 1)
+    large=Diffit-256 recipe=debug steps=4 gpus=2 b16=1 b64=1 b512=1 train=1 fashion=2
+    more=(--batch_size 8 --data.workers 0 --log_every 2 --preview_every 0)
 else
-    short=()
-    unguided=10000 recommended=1000
-    part machine 0 bash -c "$(declare -f machine); python=$python; machine"
-    # The GPU's own tests first: nothing waits for the device, fp16, compiled networks, NCCL.
-    for folder in training models sampling diffusion data nn; do
-        part "tests_$folder" 3 "$python" -m pytest "tests/$folder"
-    done
-    for batch in 1 16 64; do
-        benchmark "sampling_256_$batch" 3 Diffit-256 "$batch" sampling
-    done
-    for batch in 1 8; do
-        benchmark "sampling_512_$batch" 4 Diffit-512 "$batch" sampling
-    done
-    for batch in 64 256; do
-        benchmark "training_256_$batch" 3 Diffit-256 "$batch" training
-    done
-    benchmark image_cifar10 3 ImageDiffit-CIFAR10 512 training
-    benchmark image_ffhq64 3 ImageDiffit-FFHQ64 256 training
-    train latent fashion_mnist
-    train flow fashion_mnist --process flow --flow.time_distribution logit_normal --sampling.sampler heun \
-        --sampling.num_sampling_steps 25
-    train image fashion_mnist_image
+    toy=()
+    large=Diffit-512 recipe=fashion_mnist steps=400 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    b16=16 b64=64 b512=8 train=${TRAIN_BATCH:-64} fashion=1024 more=(--data.workers 14)
 fi
+one="$python" all="$python -m torch.distributed.run --standalone --nproc_per_node=$gpus"
+
+part machine 30 bash -c "$(declare -f machine); machine '$python' '$out/machine.json'"
+part tests 100 "$python" -m pytest tests/models tests/diffusion tests/training/test_step.py -k gpu
+benchmark sampling_256_16 110 Diffit-256 $b16 sampling default compile fast
+benchmark sampling_512 120 $large $b512 sampling default compile fast
+benchmark training_256 150 Diffit-256 $train training default compile+autocast blocks+autocast
+benchmark sampling_256_64 80 Diffit-256 $b64 sampling fast
+benchmark training_fashion 90 Diffit-Fashion $fashion training autocast compile+autocast blocks+autocast graphs+autocast
+train train 90 "$one" "${more[@]}"
+if [ "$gpus" -gt 1 ]; then
+    train train_ddp 90 "$all" "${more[@]}"
+    train train_fsdp 90 "$all" "${more[@]}" --parallel fsdp --compile False
+    part sampling_ranks 60 $all sample.py --num_samples $((8 * gpus)) --batch_size 4 --log_dir "$out/samples"
+fi
+benchmark training_256_tf32 90 Diffit-256 $train training compile
+benchmark sampling_256_skip 90 Diffit-256 $b16 sampling skip
+benchmark training_256_large 120 Diffit-256 $((2 * train)) training compile+autocast
+
+"$python" - "$out" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+found = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.stem != "summary"}
+for log in sorted(out.glob("runs/*/log.jsonl")):
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    found[f"{log.parent.name}_log"] = [line for line in lines if "images_per_s" in line]
+(out / "summary.json").write_text(json.dumps(found))
+columns = {"ms": "{:9.2f}", "speedup": "{:6.2f}x", "images_per_s": "{:10.4g}", "peak_share": "{:5.0%}"}
+columns |= {"memory_gib": "{:7.2f}", "rms_error": "{:9.2g}"}
+print(f"{'part':18}{'variant':38}{'':6}{'ms':>9}{'ratio':>7}{'images/s':>10}{'peak':>5}{'GiB':>7}{'RMS error':>9}")
+for part, content in found.items():
+    for case in content.get("cases", {}).values() if isinstance(content, dict) else ():
+        for row in (*case.get("sampling", ()), *case.get("training", ())):
+            values = "".join(form.format(row[key]) if key in row else "" for key, form in columns.items())
+            print(f"{part:18}{row['variant']:38}{row['precision']:6}{values}")
+    if isinstance(content, list) and content:
+        print(f"{part:18}{content[-1]['images_per_s']:.0f} images/s at step {content[-1]['step']}")
+PYTHON
 if [ "$missing" = 0 ]; then echo "all done: $out"; else echo "$missing parts are left: the same command goes on"; fi

@@ -44,6 +44,22 @@ def test_parts_give_the_same_run(flags, tmp_path):
         np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_a_compiled_step_is_the_eager_one_on_a_gpu(flags, tmp_path, accumulate):
+    """The gradients of three steps; AdamW, at a rate of zero, keeps both at the same weights."""
+    settings = ["--device", "cuda", "--optimizer.lr", "0", "--accumulate", accumulate]
+    eager = begun(flags, tmp_path / "eager", *settings)
+    torch.nn.init.normal_(eager.state.model.head.weight, std=0.1)
+    compiled = begun(flags, tmp_path / "compiled", *settings, "--compile", "True")
+    compiled.state.model.load_state_dict(eager.state.model.state_dict())
+    for _ in range(3):
+        expected, found = gradients(eager), gradients(compiled)
+        scale = max(value.abs().max() for value in expected.values())
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * scale.item())
+
+
 def test_a_batch_that_cannot_be_parted_is_refused(flags, tmp_path):
     with pytest.raises(ValueError, match="--batch_size 8 cannot be shared by 1 ranks in 3 parts"):
         run(flags, tmp_path, "--accumulate", "3")
