@@ -1,7 +1,7 @@
-"""What the documents name exists: files, folders, and the extras of pip install."""
+"""What the documents name exists: files, folders, the extras of pip install; constraints name all dependencies."""
 
 import re
-from importlib.metadata import metadata
+from importlib.metadata import metadata, requires
 
 import pytest
 
@@ -41,3 +41,11 @@ def test_extras_that_are_named_exist():
             named.setdefault(extra, path)
     assert {"test", "eval", "tensorflow"} <= named.keys()
     assert {extra: path for extra, path in named.items() if extra not in extras} == {}
+
+
+def test_constraints_are_names_and_versions_of_all_that_the_tests_need():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", line) for line in lines)
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+    needed = [line for line in requires("diffit") if "extra ==" not in line or re.search("extra == .test.", line)]
+    assert {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in needed} <= pinned
