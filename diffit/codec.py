@@ -49,6 +49,7 @@ class VAECodec:
         self.latent_channels: int = self.vae.config.latent_channels
         self.image_channels: int = self.vae.config.out_channels
         known = self.vae.config  # of which not every kind of VAE has every entry
+        self.downsampling: int = 2 ** (len(known["block_out_channels"]) - 1)  # image side over latent side
         mean = known.get("latents_mean") or [known.get("shift_factor") or 0.0] * self.latent_channels
         std = known.get("latents_std") or [1.0] * self.latent_channels
         self.scaling_factor = scale = float(self.vae.config.scaling_factor)

@@ -18,7 +18,6 @@ from diffit.checkpoint.folder import checksum
 from diffit.checkpoint.resolve import find_checkpoint
 from diffit.checkpoint.weights import load_weights, save_checkpoint
 from diffit.cli.app import parse_app
-from diffit.cli.pipeline import parse_convert
 from diffit.cli.sample import parse_sample
 from diffit.cli.train import parse_train
 from diffit.config import CodecConfig
@@ -71,7 +70,7 @@ def doors(word: str):
     task = parse_app(["--model_path", word])
     yield load_weights(task.source.fetch(), task.checkpoint), task.checkpoint
     yield load_model(word)
-    pipeline = DiffiTPipeline.from_pretrained(parse_convert([word, "somewhere"])[0])
+    pipeline = DiffiTPipeline.from_pretrained(word)
     yield pipeline.transformer, pipeline._settings
     network = json.dumps({"num_classes": 3})
     flags = f"--model ImageDiffit-Tiny --data.path . --network {network.replace(' ', '')} --init_from {word}".split()

@@ -28,6 +28,13 @@ class CheckpointConfig(ProcessSettings):
     def image_size(self) -> int:
         return self.network.input_size * self.codec.factor
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The settings of process, sampling and guidance by dotted name, as defaults of a command line."""
+        nodes = {node.name: asdict(getattr(self, node.name)) for node in fields(ProcessSettings)[1:]}
+        dotted = {f"{name}.{key}": value for name, node in nodes.items() for key, value in node.items()}
+        return {"process": self.process} | dotted
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 

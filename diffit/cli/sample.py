@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import yaml
 
@@ -55,10 +55,7 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
     """Resolve sample.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
     given = parse(COMMAND, upstream_arguments(given_arguments(COMMAND, argv)))
     source, checkpoint = find_checkpoint(given.get("model"), given.get("model_path"), given.get("image_size"))
-    recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size, "process": checkpoint.process}
-    for node in fields(ProcessSettings)[1:]:
-        for key, value in asdict(getattr(checkpoint, node.name)).items():
-            recommended[f"{node.name}.{key}"] = value
+    recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size} | checkpoint.recommended
     if given.get("fast") and checkpoint.process_config.num_timesteps is not None:
         recommended["guidance.skip_below"] = SKIP_BELOW
     config = build(SampleConfig, recommended | given)

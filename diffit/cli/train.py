@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from diffit.checkpoint.config import default_config
+from diffit.checkpoint.config import CheckpointConfig, default_config
+from diffit.checkpoint.resolve import find_checkpoint
 from diffit.cli.parser import build, given_arguments, parse, split_flags
 from diffit.cli.run import one_sentence
 from diffit.cli.settings import Command
@@ -71,15 +73,31 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
     """Resolve train.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
     arguments = given_arguments(COMMAND, argv)
     given = parse(COMMAND, arguments)
-    known = default_config(
-        given.get("model", TrainConfig.model), process=given.get("process"), **given.get("network", {})
-    )
-    follows = {"process": known.process, "codec.vae": known.codec.vae, "codec.factor": known.codec.factor}
+    known, own = _followed(given)
+    follows = {"model": known.model, "codec.vae": known.codec.vae, "codec.factor": known.codec.factor}
+    follows |= known.recommended if given.get("init_from") else {}
     follows |= {f"sampling.{key}": getattr(known.sampling, key) for key in ("sampler", "num_sampling_steps")}
-    config = build(TrainConfig, follows | given)
+    follows |= {"process": known.process}
+    config = build(TrainConfig, follows | given | {"network": own | given.get("network", {})})
     _check(config)
     recipes = [values[0] for flag, values, _ in split_flags(arguments) if flag == "--config"]
     return TrainTask(config, (recipes or ["command line"])[0])
+
+
+def _followed(given: Mapping[str, Any]) -> tuple[CheckpointConfig, dict[str, Any]]:
+    """The config whose settings are the defaults: of --init_from, else of the model's name; and its own `network`."""
+    model, network, process = given.get("model", TrainConfig.model), given.get("network", {}), given.get("process")
+    if given.get("init_from") is None:
+        return default_config(model, process=process, **network), {}
+    _, start = find_checkpoint(given.get("model"), given["init_from"], door="--init_from")
+    size = asdict(model_config(start.model))
+    # Of classes there are as many as in the data, or none as before; the process decides on a variance.
+    own = {key: value for key, value in asdict(start.network).items() if value != size[key] and key != "learn_sigma"}
+    if own.get("num_classes"):
+        del own["num_classes"]
+    if process not in (None, start.process):  # what is recommended for the one means nothing to the other
+        return replace(default_config(start.model, process=process, **own), codec=start.codec), own
+    return start, own
 
 
 def check_data(config: TrainConfig) -> None:
@@ -135,19 +153,14 @@ def _check_start(config: TrainConfig) -> None:
     """Refuse an --init_from that does not exist or holds another network."""
     source, start = find_start(config)
     network = config.checkpoint_config((), "").network
-    if type(start.network) is not type(network):
-        kinds = ["latents" if isinstance(each, DiffiTConfig) else "pixels" for each in (start.network, network)]
-        raise ValueError(
-            f"--init_from {source} holds {start.model}, a network of {kinds[0]}, and {config.model} is one of "
-            f"{kinds[1]}: start from weights of the same kind"
-        )
     must_agree = settings_that(SAME, type(network))  # `adapt_state` fits the weights to the others
     for key, value in asdict(network).items():
         other = getattr(start.network, key)
         if key in must_agree and value != other:
+            flag = "process" if key == "learn_sigma" else f"network.{key}"
             raise ValueError(
                 f"--init_from {source} holds another network, of {key} {other} instead of {value}: only the number of "
-                "classes and the resolution may differ"
+                f"classes and the resolution may differ; leave --{flag} out, or start from other weights"
             )
 
 

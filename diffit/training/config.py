@@ -62,8 +62,9 @@ class TrainConfig(ProcessSettings):
         model: a size of the zoo.
         network: fields of the network's config to replace, such as {depth: 30} or {blocks: [4, 4, 4]}.
         run_dir: folder of checkpoints and logs; the same command again resumes from its newest checkpoint.
-        init_from: start a new run from other weights: a checkpoint file, a bundled name (Diffit-Fashion), Diffit for
-            the released ones, or a Hub file owner/repository/name.safetensors; their classes and resolution may differ.
+        init_from: start a new run from other weights: a run's folder, a file, a name, or whatever else sample.py
+            --model_path takes. They bring model, network, codec and process, and what to recommend, as defaults;
+            classes and resolution may differ.
         steps: optimizer steps of the whole run.
         batch_size: images of a step, over all ranks and all parts of an accumulated step.
         accumulate: parts in which each rank computes its share of a step, one after the other, to save memory.
@@ -129,7 +130,8 @@ class TrainConfig(ProcessSettings):
     def checkpoint_config(self, class_names: tuple[str, ...], made_by: str) -> CheckpointConfig:
         """What a checkpoint of this run says about itself."""
         network = model_config(self.model, **self.network)
-        if network.num_classes and "num_classes" not in self.network:  # an unconditional size stays so
+        conditional = network.num_classes or self.init_from  # an unconditional size stays so
+        if conditional and "num_classes" not in self.network:
             network = replace(network, num_classes=len(class_names))
         if isinstance(network, DiffiTConfig):
             network = replace(network, learn_sigma=self.process_config.learn_sigma)
@@ -159,4 +161,4 @@ class TrainTask:
 
 def find_start(config: TrainConfig) -> tuple[Source, CheckpointConfig]:
     """The weights that --init_from names, and what they are; see `find_checkpoint`."""
-    return find_checkpoint(path=config.init_from, door="--init_from")
+    return find_checkpoint(config.model, config.init_from, door="--init_from")

@@ -11,12 +11,12 @@ import torch
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
-from diffit.codec import create_codec
+from diffit.codec import VAECodec, create_codec
 from diffit.data.datasets import fitting_labels
 from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_set, training_batches
 from diffit.data.sampler import BatchSampler
 from diffit.diffusion import create_process
-from diffit.models.config import NetworkConfig, model_config
+from diffit.models.config import NetworkConfig, build_model, model_config
 from diffit.sampling.images import ImageSampler
 from diffit.system import distributed
 from diffit.system.device import resolve_device, set_matmul_precision
@@ -108,17 +108,21 @@ def open_data(
     """The data set as the network is to see it, and what checkpoints will say of themselves.
 
     Raises:
-        ValueError: if its inputs are not of the network's shape, or a label is beyond its classes.
+        ValueError: if sizes, or VAE and network, do not fit together, which is known before anything is encoded; or a
+            label is beyond the network's classes.
     """
-    network, codec = model_config(config.model, **config.network), create_codec(config.codec, device)
-    size, channels = network.input_size * config.codec.factor, network.in_channels
-    data = open_training_set(config.data, codec, size, channels, seed=config.seed, run_dir=run_dir, world=world)
-    expected = (channels, network.input_size, network.input_size)
-    if data.shape != expected:
-        shapes = ["x".join(map(str, shape)) for shape in (data.shape, expected)]
+    network = model_config(config.model, **config.network)
+    with torch.device("meta"):
+        build_model(network)  # refuses sizes that do not fit together, before hours of encoding
+    codec = create_codec(config.codec, device)
+    size, channels, factor = network.input_size * config.codec.factor, network.in_channels, config.codec.factor
+    if isinstance(codec, VAECodec) and (codec.latent_channels, codec.downsampling) != (channels, factor):
         raise ValueError(
-            f"the data are {shapes[0]} and {config.model} takes {shapes[1]}: set --network or --codec to fit"
+            f"the VAE {config.codec.vae} makes latents of {codec.latent_channels} channels and 1/{codec.downsampling} "
+            f"of the side, and {config.model} is to take {channels} channels and 1/{factor}: choose another "
+            f"--codec.vae, or set --codec.factor {codec.downsampling} and --network.in_channels {codec.latent_channels}"
         )
+    data = open_training_set(config.data, codec, size, channels, seed=config.seed, run_dir=run_dir, world=world)
     description = config.checkpoint_config(data.class_names, "")
     fitting_labels(data.labels, description.network.num_classes)
     return data, description

@@ -97,11 +97,11 @@ def test_a_new_run_starts_from_another(flags, tmp_path):
         assert torch.equal(second.state_dict()[name], value)
 
 
-def test_a_new_run_starts_from_a_bundled_name(tmp_path):
+def test_a_new_run_starts_from_a_bundled_name(tmp_path, capsys):
     """With other classes, those of the pictures; all other weights are Diffit-Fashion's."""
     pictures = write_pictures(tmp_path / "images", {"cat": 2, "dog": 2})
-    settings = ["--config", str(ROOT / "configs" / "fashion_mnist.yaml"), "--init_from", "Diffit-Fashion"]
-    settings += ["--data.name", "folder", "--data.path", str(pictures), "--data.workers", "0", "--device", "cpu"]
+    settings = ["--init_from", "Diffit-Fashion", "--data.path", str(pictures), "--data.workers", "0"]
+    settings += ["--device", "cpu", "--run_dir", str(tmp_path / "run")]
     still = [
         "--batch_size",
         "4",
@@ -116,13 +116,33 @@ def test_a_new_run_starts_from_a_bundled_name(tmp_path):
         "--precision",
         "fp32",
     ]
-    model, config = load_model(train(parse_train([*settings, *still, "--run_dir", str(tmp_path / "run")])))
+    model, config = load_model(train(parse_train([*settings, *still])))
     assert config.class_names == ("cat", "dog")
     bundled, its_config = load_model("Diffit-Fashion")
     assert config.made_by.endswith(f"after {its_config.made_by}")
+    assert "made anew for 2 classes instead of 10; its null class is kept" in capsys.readouterr().out
+    for name in ("codec", "process", "diffusion", "sampling", "guidance"):
+        assert getattr(config, name) == getattr(its_config, name)
     for name, value in bundled.state_dict().items():
         if name != "y_embedder.embedding_table.weight":
             assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--codec.factor 8", "set --codec.factor 4 and --network.in_channels 4"),
+        ("--network.input_size 0", "--network.input_size must be between"),
+        ("--network.in_channels 3", "of in_channels 4 instead of 3"),
+    ],
+)
+def test_a_start_that_cannot_fit_is_refused_before_anything_is_encoded(tmp_path, capsys, flags, words):
+    pictures = write_pictures(tmp_path / "images", {"cat": 2, "dog": 2})
+    settings = ["--init_from", "Diffit-Fashion", "--data.path", str(pictures), "--run_dir", str(tmp_path / "run")]
+    with pytest.raises((ValueError, SystemExit)) as raised:
+        train(parse_train([*settings, *flags.split(), "--device", "cpu"]))
+    assert words in str(raised.value) + capsys.readouterr().err
+    assert not (tmp_path / "run" / "cache").exists()
 
 
 def test_order_is_a_permutation_per_epoch_and_knows_no_batches():
