@@ -55,14 +55,14 @@ def main() -> int:
         return 0
     check_data(task.config)
     from diffit.training.loop import train
-    from diffit.training.stopping import EXIT_CODE, Stopped
+    from diffit.training.stopping import Stopped
 
     try:
         path = train(task)
     except Stopped as stopped:
         if world.is_main:
             print(stopped, file=sys.stderr)
-        return EXIT_CODE
+        return stopped.exit_code
     if world.is_main:
         print(f"{path}  (python sample.py --model_path {path})")
     return 0

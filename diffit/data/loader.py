@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,8 +112,8 @@ class NoisyBatches(Dataset[Batch | ValueError]):
 
 def training_batches(
     batches: NoisyBatches, sampler: BatchSampler, workers: int, device: torch.device
-) -> Iterator[Batch]:
-    """The batches of the sampler's steps, on the device.
+) -> Generator[Batch, None, None]:
+    """The batches of the sampler's steps, on the device. Its workers end with it: close it, also after an error.
 
     Raises:
         UnreadableImagesError: at the step whose images cannot be decoded.
@@ -126,10 +126,19 @@ def training_batches(
         worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
     )
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch.to(device)
+    iterator: Any = iter(loader)
+    try:
+        for batch in iterator:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch.to(device)
+    finally:
+        # An error's traceback keeps the iterator alive, and Python would wait for ever for workers that ignore the
+        # SIGTERM by which it ends them.
+        if loader.num_workers:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffit.config import Precision
+from diffit.system.files import first_line
+
+# What PyTorch and the system say when memory has run out, of errors that have no kind of their own.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "ALLOC_FAILED", "out of memory")
+_LOST_WORKER = "DataLoader worker (pid"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -53,3 +60,20 @@ def autocast(model: nn.Module, device: torch.device, precision: Precision) -> An
             return model(*inputs, **conditions)
 
     return call
+
+
+@contextlib.contextmanager
+def explained_memory(advice: str) -> Iterator[None]:
+    """Says by ValueError that memory has run out, of the GPU or the machine, and what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        reason = first_line(error)
+        if _LOST_WORKER in str(error):  # the kernel ends the largest process when memory runs out
+            raise ValueError(
+                f"a data worker was ended from outside, for want of memory if not by hand ({reason}): "
+                f"{advice}, or take fewer --data.workers"
+            ) from error
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in _NO_MEMORY):
+            raise ValueError(f"memory has run out ({reason}): {advice}") from error
+        raise

@@ -1,7 +1,7 @@
 """A run's checkpoints: folders named by their step, and what they hold; the settings of every start are beside them.
 
 ema.safetensors     the first EMA, which sample.py takes; ema_0.999.safetensors ... the others
-state.pt            weights and optimizer; with FSDP the folder state/, to which every rank adds its shards
+state/              weights and optimizer, to which every rank adds its share (torch.distributed.checkpoint)
 progress.json       counters, and the loss scale of fp16
 complete.json       the marker: size and checksum of every other file
 
@@ -10,17 +10,20 @@ A checkpoint is written into NNNNNNNN.part; the marker is its last file, and the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch import Tensor
 from torch.distributed.checkpoint import state_dict as state_dicts
 
 from diffit.checkpoint.config import CheckpointConfig
@@ -44,6 +47,7 @@ from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_
 from diffit.training.step import TrainState
 
 PROGRESS_FILE = "progress.json"
+_WHOLE = state_dicts.StateDictOptions(full_state_dict=True)
 
 
 def ema_files(config: TrainConfig) -> list[str]:
@@ -114,31 +118,17 @@ def load_run(
             f"{folder.parent} holds a run of other classes ({', '.join(found.class_names)}), the data now have "
             f"{', '.join(description.class_names)}: give the same images, or choose another --run_dir"
         )
-    sharded = (newest / STATE_FOLDER).exists()
-    if sharded != is_sharded(state.model):
-        kinds = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
-        raise ValueError(f"{newest} was written with --parallel {kinds[0]}: go on with it, not with {kinds[1]}")
     for name, ema in state.emas.items():
         if not (newest / name).exists():
             raise ValueError(f"{newest} has no {name}: go on with the EMAs (--ema_decay) that it was begun with")
         weights = load_weights(newest / name, found).state_dict()
-        if sharded:
-            options = state_dicts.StateDictOptions(full_state_dict=True)
-            state_dicts.set_model_state_dict(ema.model, weights, options=options)
-        else:
-            ema.model.load_state_dict(weights)
-    if sharded:
-        shards = _shards(state)
-        dcp.load(shards, checkpoint_id=newest / STATE_FOLDER)
-        state_dicts.set_state_dict(
-            state.model, state.optimizer, model_state_dict=shards["model"], optim_state_dict=shards["optimizer"]
-        )
+        state_dicts.set_model_state_dict(ema.model, weights, options=_WHOLE)
+    if (newest / STATE_FILE).exists():
+        _load_single_file(state, newest, device)
     else:
-        whole = torch.load(newest / STATE_FILE, map_location=device, weights_only=True)
-        state.model.load_state_dict(whole["model"])
-        for group in whole["optimizer"]["param_groups"]:  # it may have been written on another kind of device
-            group["fused"] = state.optimizer.defaults["fused"]
-        state.optimizer.load_state_dict(whole["optimizer"])
+        _add_moments(state, dcp.FileSystemReader(newest / STATE_FOLDER).read_metadata().state_dict_metadata)
+        with _alone_is_fine():
+            dcp.load(_tensors(state), checkpoint_id=newest / STATE_FOLDER, process_group=world.patient)
     progress = json.loads((newest / PROGRESS_FILE).read_text())
     state.step, state.skipped = progress["step"], progress["skipped"]
     if state.scaler.is_enabled():
@@ -152,23 +142,50 @@ def _write_state(state: TrainState, folder: Path, description: CheckpointConfig,
         distributed.on_main(world, partial(save_checkpoint, folder / name, weights, description))
     progress = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
     distributed.on_main(world, lambda: (folder / PROGRESS_FILE).write_text(json.dumps(progress)))
+    try:
+        with _alone_is_fine():
+            dcp.save(_tensors(state), checkpoint_id=folder / STATE_FOLDER, process_group=world.patient)
+    except dcp.api.CheckpointException as error:  # of all ranks; it is no Exception
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Weights and AdamW's moments, those themselves, by names that do not depend on --parallel."""
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        for kind, value in state.optimizer.state.get(parameter, {}).items():  # none before the first step
+            tensors[f"optimizer.state.{name}.{kind}"] = value
+    return tensors
+
+
+def _add_moments(state: TrainState, written: Collection[str]) -> None:
+    """Give a fresh AdamW the moments that a checkpoint holds, to be filled."""
+    for name, parameter in state.model.named_parameters():
+        if f"optimizer.state.{name}.step" in written:
+            step = torch.zeros((), device=parameter.device if state.optimizer.defaults["fused"] else "cpu")
+            moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+            state.optimizer.state[parameter] = {"step": step, **moments}
+
+
+def _load_single_file(state: TrainState, checkpoint: Path, device: torch.device) -> None:
+    """Load state.pt, which earlier versions wrote with --parallel ddp."""
     if is_sharded(state.model):
-        try:
-            dcp.save(_shards(state), checkpoint_id=folder / STATE_FOLDER)
-        except dcp.api.CheckpointException as error:  # of all ranks; it is no Exception
-            raise next(iter(error.failures.values()))[0] from error
-    else:
-        distributed.on_main(world, lambda: _save_whole(state, folder / STATE_FILE))
+        raise ValueError(
+            f"{checkpoint} was written by an earlier version with --parallel ddp: go on with ddp until the next "
+            "checkpoint, which goes on with fsdp too"
+        )
+    whole = torch.load(checkpoint / STATE_FILE, map_location=device, weights_only=True)
+    state.model.load_state_dict(whole["model"])
+    settings = state.optimizer.state_dict()["param_groups"]  # those of this start
+    state.optimizer.load_state_dict({"state": whole["optimizer"]["state"], "param_groups": settings})
 
 
-def _save_whole(state: TrainState, path: Path) -> None:
-    with open(path, "wb") as file:
-        torch.save({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}, file)
-
-
-def _shards(state: TrainState) -> dict[str, Any]:
-    model, optimizer = state_dicts.get_state_dict(state.model, state.optimizer)
-    return {"model": model, "optimizer": optimizer}
+@contextlib.contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Without PyTorch's warning that there is only one rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def record_start(run_dir: Path, config: TrainConfig, step: int) -> str:

@@ -1,12 +1,11 @@
-"""Exponential moving averages (EMA) of the weights, which are sampled from; their decays, and the learning rate."""
+"""Exponential moving averages (EMA) of the weights, which are sampled from, and their decays."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
 
-from diffit.training.config import OptimizerConfig, TrainConfig
+from diffit.training.config import TrainConfig
 
 
 def ramped_decay(decay: float, step: int) -> float:
@@ -24,13 +23,6 @@ def ema_decays(config: TrainConfig, step: int) -> list[float]:
     # As in EDM a half-life is at most 5% of the images seen before the step: the initialisation is forgotten at once.
     half_lives = [min(half_life, (step - 1) * config.batch_size * 0.05) for half_life in config.ema_rates]
     return [0.5 ** (config.batch_size / half_life) if half_life else 0.0 for half_life in half_lives]
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of optimizer step `step`, counted from 0, of a run of `steps`."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0
-    return config.lr * warm * decay
 
 
 class EMA:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from diffit.models.config import NetworkConfig
@@ -18,13 +18,13 @@ from diffit.system.distributed import World
 from diffit.system.files import write_atomically
 from diffit.training.config import TrainConfig
 from diffit.training.ema import ema_decays
-from diffit.training.estimate import estimate, in_words, measured_peak, peak_memory
+from diffit.training.estimate import estimate, measured_peak, peak_memory
 from diffit.training.step import TrainState
 from diffit.training.tracker import create_tracker
 
 
 class MetricLogger:
-    """Collects what the steps measure and logs their means. Only rank 0 shows and writes.
+    """Shows how far a run is, and logs what its steps measure. Only rank 0 shows and writes.
 
     Args:
         network: what is trained, to count its operations.
@@ -38,13 +38,11 @@ class MetricLogger:
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not world.is_main)
         self.flops = estimate(network).flops
         self.peak = measured_peak(device, config.precision) if device.type == "cuda" else None
-        self.sums, self.count = torch.zeros(4, device=device), 0
         self.path, self.tracker = Path(config.run_dir) / "log.jsonl", None
         if world.is_main:
             forget_later_lines(self.path, first)
             self.tracker = create_tracker(config, first)
-        self.steps, self.begun = 0, 0.0
-        self.restart_clock(first)
+        self.since, self.first = time.monotonic(), first  # from where the speed is measured
 
     def info(self, sentence: str) -> None:
         """A sentence above the bar."""
@@ -52,36 +50,32 @@ class MetricLogger:
             self.bar.write(sentence)
 
     def count_step(self) -> None:
-        """One step more on the bar; once the first ones are timed, how long the run will take."""
+        """One step more on the bar; once some are timed, a line says how long the run will take."""
         self.bar.update()
-        self.steps += 1
-        begin, end = 2, 12  # between which the time to go is measured; the first steps also compile
-        if self.steps == begin:
-            self.begun = time.monotonic()
-        elif self.steps == end:
-            seconds = (time.monotonic() - self.begun) / (end - begin)
+        rate = None if self.bar.disable else self.bar.format_dict["rate"]
+        if rate and self.bar.n == self.bar.initial + 12:
             left = self.config.steps - self.bar.n
-            speed = self.config.batch_size / seconds
-            self.info(f"{left:,} steps to go at {speed:,.0f} images/s: about {in_words(left * seconds)}")
+            speed = rate * self.config.batch_size
+            self.info(f"{left:,} steps to go at {speed:,.0f} images/s: {self.bar.format_interval(left / rate)}")
 
-    def restart_clock(self, step: int) -> None:
-        """Leave the time up to here, spent on a checkpoint or a preview, out of the speed."""
-        self.since, self.first = time.monotonic(), step
-
-    def add(self, values: Tensor) -> None:
-        """This rank's loss, mse, vb and gradient norm [4] of a step that was taken."""
-        self.sums, self.count = self.sums + values, self.count + 1
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the speed what a checkpoint or a preview takes."""
+        begun = time.monotonic()
+        yield
+        self.since += time.monotonic() - begun
 
     def metrics(self, state: TrainState) -> None:
         """Log the means over ranks and the steps taken since the last call; None if none was taken."""
         if self.world.size > 1:
-            dist.all_reduce(self.sums)
-        means = [total / self.count for total in (self.sums / self.world.size).tolist()] if self.count else 4 * [None]
-        self.sums, self.count = torch.zeros_like(self.sums), 0
-        step, loss = state.step, means[0]
-        speed = (step - self.first) * self.config.batch_size / (time.monotonic() - self.since)
+            dist.all_reduce(state.sums)
+        count, totals = state.summed, (state.sums / self.world.size).tolist()
+        means = [total / count for total in totals] if count else 4 * [None]
+        state.sums, state.summed = torch.zeros_like(state.sums), 0
+        step, loss, now = state.step, means[0], time.monotonic()
+        speed = (step - self.first) * self.config.batch_size / (now - self.since)
+        self.since, self.first = now, step
         mfu = self.peak and speed / self.world.size * self.flops / self.peak
-        self.restart_clock(step)
         self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", img_s=f"{speed:.0f}")
         values: dict[str, Any] = dict(zip(("loss", "mse", "vb", "grad_norm"), means, strict=True))
         values |= {"lr": state.optimizer.param_groups[0]["lr"], "skipped": state.skipped}

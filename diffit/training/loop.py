@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from diffit.diffusion import create_process
 from diffit.models.config import NetworkConfig, build_model, model_config
 from diffit.sampling.images import ImageSampler
 from diffit.system import distributed
-from diffit.system.device import resolve_device, set_matmul_precision
+from diffit.system.device import explained_memory, resolve_device, set_matmul_precision
 from diffit.system.files import exclusive
 from diffit.system.ranks import World, detect_world
 from diffit.training.checkpointing import ema_files, load_run, record_start, save_run
@@ -32,13 +32,18 @@ from diffit.training.parallel import apply_activation_checkpointing, is_sharded,
 from diffit.training.step import TrainState, train_step
 from diffit.training.stopping import Stopped, StopSignals
 
+_LESS_MEMORY = (
+    "lower --batch_size, or compute it in parts with --accumulate 2 or more, or recompute blocks with "
+    "--activation_checkpointing true"
+)
+
 
 def train(task: TrainTask) -> Path:
     """Train, or go on training; returns the newest checkpoint's EMA weights, which sample.py takes.
 
     Raises:
-        ValueError: in one sentence, for everything that a user can mend.
-        Stopped: if SIGTERM or SIGUSR1 asked for it; the checkpoint is written.
+        ValueError: in one sentence, for everything that a user can fix.
+        Stopped: if SIGTERM, SIGUSR1 or Ctrl-C asked for it; the checkpoint is written.
     """
     config, run_dir = task.config, Path(task.config.run_dir)
     checkpoints = run_dir / "checkpoints"
@@ -46,6 +51,7 @@ def train(task: TrainTask) -> Path:
     set_matmul_precision(config.precision)
     check_shares(config, detect_world())
     with (
+        explained_memory(_LESS_MEMORY),
         distributed.joined(device, minutes=config.rank_timeout) as world,
         distributed.main_only(world, exclusive(run_dir)),
     ):
@@ -54,7 +60,6 @@ def train(task: TrainTask) -> Path:
         state = create_state(config, description.network, device, world)
         load_run(state, checkpoints, description, device, world)
         after = made_after(config)  # now: the file may be gone when a checkpoint is written
-        batches = create_batches(data, state, config, description.network, device, world)
         ema = state.emas[EMA_FILE].model
 
         # What is missing for pictures or scores is said now, not after hours
@@ -64,41 +69,48 @@ def train(task: TrainTask) -> Path:
         changed = distributed.on_main(world, lambda: record_start(run_dir, config, state.step))
         logger = MetricLogger(config, description.network, state.step, device, world)
 
-        with closing(logger), StopSignals() as signals:
+        def save(last: bool) -> None:
+            made_by = f"{task.recipe}, {state.step} steps of {config.batch_size} images{after}"
+            named = replace(description, made_by=made_by)
+            failed = save_run(state, checkpoints, config, named, world, must=last)
+            if failed:
+                logger.info(failed)
+
+        def preview(last: bool) -> None:
+            path = run_dir / "previews" / f"{state.step:08d}.png" if world.is_main else None
+            if pictures and (path or is_sharded(ema)):  # all ranks take part in sampling from a sharded network
+                save_preview(pictures, path)
+            if path is not None:
+                logger.image(state.step, "samples", path)
+            distributed.barrier(world)
+
+        def evaluate(last: bool) -> None:
+            if score is not None:
+                logger.scores(state.step, score())
+
+        regular = [(config.save_every, save), (config.preview_every, preview), (config.evaluation.every, evaluate)]
+        with (
+            closing(logger),
+            closing(create_batches(data, state, config, description.network, device, world)) as batches,
+            StopSignals(world) as signals,
+        ):
             if changed:
                 logger.info(f"goes on from step {state.step} with other settings ({changed})")
-            while state.step < config.steps:
+            last = state.step == config.steps
+            while not last:
                 with distributed.explained_timeout():
-                    result = train_step(state, next(batches), config, world, signals.stop_requested)
-                if result.finite:
-                    logger.add(result.values)
+                    stop = train_step(state, next(batches), config, world, signals.stop_requested)
                 logger.count_step()
-
-                step, last = state.step, result.stop or state.step == config.steps
-                saves = last or step % config.save_every == 0
-                previews = is_due(step, config.preview_every)
-                scores = is_due(step, config.evaluation.every)
-                if saves or previews or scores or is_due(step, config.log_every):
+                last = stop or state.step == config.steps
+                due = [act for every, act in regular if is_due(state.step, every) or (last and act is save)]
+                if due or is_due(state.step, config.log_every):
                     logger.metrics(state)
-                if saves:
-                    made_by = f"{task.recipe}, {step} steps of {config.batch_size} images{after}"
-                    named = replace(description, made_by=made_by)
-                    failed = save_run(state, checkpoints, config, named, world, must=last)
-                    if failed:
-                        logger.info(failed)
-                if previews and pictures is not None:
-                    path = run_dir / "previews" / f"{step:08d}.png" if world.is_main else None
-                    if path is not None or is_sharded(ema):  # all ranks take part in sampling from a sharded network
-                        save_preview(pictures, path)
-                    if path is not None:
-                        logger.image(step, "samples", path)
-                    distributed.barrier(world)
-                if scores and score is not None:
-                    logger.scores(step, score())
-                if saves or previews or scores:
-                    logger.restart_clock(step)
-                if result.stop and step < config.steps:
-                    raise Stopped(f"stopped after step {step}: the same command goes on from there")
+                with logger.paused():
+                    for act in due:
+                        act(last)
+            if state.step < config.steps:
+                sentence = f"stopped after step {state.step}: the same command goes on from there"
+                raise Stopped(sentence, signals.exit_code)
         return complete_checkpoints(checkpoints)[-1] / EMA_FILE
 
 
@@ -135,7 +147,7 @@ def create_batches(
     network: NetworkConfig,
     device: torch.device,
     world: World,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's share of the batches that are still to come."""
     settings = config.data
     process = create_process(config.process_config)  # the workers' own: the network's keeps tables on the GPU
@@ -191,6 +203,7 @@ def create_state(config: TrainConfig, network: NetworkConfig, device: torch.devi
         process=create_process(config.process_config),
         optimizer=torch.optim.AdamW(trained, adam.lr, adam.betas, weight_decay=adam.weight_decay, fused=True),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        sums=torch.zeros(4, device=device),
     )
 
 

@@ -6,8 +6,6 @@ state and EMAs out over the ranks, and gathers the parameters of one block at a 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -58,22 +56,6 @@ def parallelize(model: nn.Module, config: TrainConfig, device: torch.device, wor
         return forward
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(forward, device_ids=ids)
-
-
-@contextlib.contextmanager
-def gradient_sync(forward: Any, on: bool) -> Iterator[None]:
-    """Around a forward and backward pass: whether gradients are shared with the other ranks after it."""
-    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
-        forward.set_requires_gradient_sync(on)
-    skip = isinstance(forward, nn.parallel.DistributedDataParallel) and not on
-    with forward.no_sync() if skip else contextlib.nullcontext():
-        yield
-
-
-def gradient_norm(model: nn.Module, clip: float) -> Tensor:
-    """The norm of all gradients [], which are clipped to `clip` unless that is 0."""
-    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +15,10 @@ from torch import Tensor, nn
 from diffit.data.loader import Batch
 from diffit.diffusion import Process
 from diffit.diffusion.noise import RandomStream, keyed_generator
+from diffit.system.device import autocast
 from diffit.system.distributed import World
-from diffit.training.config import TrainConfig
-from diffit.training.ema import EMA, ema_decays, learning_rate
-from diffit.training.parallel import gradient_norm, gradient_sync
+from diffit.training.config import OptimizerConfig, TrainConfig
+from diffit.training.ema import EMA, ema_decays
 
 
 @dataclass
@@ -26,6 +29,7 @@ class TrainState:
         model: the network; with FSDP it is sharded, and so are the EMAs.
         forward: the same network as the loss calls it: compiled, in DDP.
         emas: by file name, in the order of the config's decays.
+        sums: of this rank's loss, mse, vb and gradient norm since the last line of the log [4]; of `summed` steps.
         step: how many steps are behind.
         skipped: how many of them were not taken; skipped_in_a_row: the last of them.
     """
@@ -36,30 +40,19 @@ class TrainState:
     process: Process
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    sums: Tensor
+    summed: int = 0
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What became of a step: taken or skipped, in all ranks alike.
-
-    Args:
-        values: this rank's loss, mse, vb and gradient norm [4], on the device.
-        finite: whether the step was taken.
-        stop: whether a rank was asked to stop.
-    """
-
-    values: Tensor
-    finite: bool
-    stop: bool
-
-
 def train_step(
     state: TrainState, batch: Batch, config: TrainConfig, world: World, stop_requested: bool = False
-) -> StepResult:
+) -> bool:
     """Take a step in place, or skip it in all ranks if loss or gradient is not finite in one of them.
+
+    Returns whether a rank was asked to stop, the same in all.
 
     Raises:
         ValueError: if too many steps in a row were skipped.
@@ -75,12 +68,11 @@ def train_step(
 
     # Loss and gradient, part by part; ranks share their gradients after the last part.
     total = torch.zeros(3, device=device)
+    forward = autocast(state.forward, device, config.precision)
     for number, part in enumerate(split(batch, parts)):
 
         def predict(x: Tensor, t: Tensor, part: Batch = part) -> Tensor:
-            half = torch.float16 if config.precision == "fp16" else torch.bfloat16
-            with torch.autocast(device.type, half, enabled=config.precision in ("bf16", "fp16")):
-                return state.forward(x, t, **part.conditions)
+            return forward(x, t, **part.conditions)
 
         with gradient_sync(state.forward, on=number == parts - 1):
             losses = state.process.training_losses(predict, part.x_start, part.t, part.noise)
@@ -99,12 +91,13 @@ def train_step(
     state.step += 1
     if state.scaler.is_enabled():
         # The scaler has seen this rank's gradients alone: the scale must stay the same in all ranks.
-        for found in state.scaler._found_inf_per_device(state.optimizer).values():
-            found.fill_(float(skip))
+        for not_finite in state.scaler._found_inf_per_device(state.optimizer).values():
+            not_finite.fill_(float(skip))
     if not skip:
         state.optimizer.step()
         for ema, decay in zip(state.emas.values(), ema_decays(config, state.step), strict=True):
             ema.update(state.model, decay)
+        state.sums, state.summed = state.sums + values, state.summed + 1
     state.scaler.update()
     state.skipped += skip
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skip else 0
@@ -114,7 +107,30 @@ def train_step(
             f"{state.step}: lower --optimizer.lr, set --optimizer.grad_clip, or choose --precision bf16 or fp32; the "
             "same command goes on from the newest checkpoint"
         )
-    return StepResult(values, not skip, stop)
+    return stop
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of optimizer step `step`, counted from 0, of a run of `steps`."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0
+    return config.lr * warm * decay
+
+
+@contextlib.contextmanager
+def gradient_sync(forward: Any, on: bool) -> Iterator[None]:
+    """Around a forward and backward pass: whether gradients are shared with the other ranks after it."""
+    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+        forward.set_requires_gradient_sync(on)
+    skip = isinstance(forward, nn.parallel.DistributedDataParallel) and not on
+    with forward.no_sync() if skip else contextlib.nullcontext():
+        yield
+
+
+def gradient_norm(model: nn.Module, clip: float) -> Tensor:
+    """The norm of all gradients [], which are clipped to `clip` unless that is 0."""
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

@@ -13,8 +13,9 @@ from diffit import load_model
 from diffit.cli.train import parse_train
 from diffit.data.sampler import image_order
 from diffit.training.config import OptimizerConfig
-from diffit.training.ema import EMA, learning_rate, ramped_decay
+from diffit.training.ema import EMA, ramped_decay
 from diffit.training.loop import train
+from diffit.training.step import learning_rate
 from tests.conftest import ROOT
 from tests.data.pictures import write_pictures
 from tests.small_models import save_small_vae, write_fashion_files

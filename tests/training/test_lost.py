@@ -15,6 +15,7 @@ import torch
 
 from diffit import load_model
 from diffit.checkpoint.folder import complete_checkpoints, integrity_error
+from diffit.system.ranks import World
 from diffit.training import loop
 from diffit.training.checkpointing import write_failure
 from diffit.training.stopping import EXIT_CODE, StopSignals
@@ -92,7 +93,7 @@ def test_a_signal_ends_a_run_after_a_checkpoint(flags, tmp_path, number):
 
 def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as signals:
+    with StopSignals(World()) as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.stop_requested
     assert signal.getsignal(signal.SIGTERM) == before
