@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from diffit import DiffiTPipeline, load_model, sample_images
 from diffit.checkpoint.config import CheckpointConfig
@@ -386,10 +387,11 @@ def test_a_run_is_converted_by_one_command(tmp_path, monkeypatch, capsys):
     images, _ = sample_images(*load_model(weights), 2, class_labels=[3, 4])
     np.testing.assert_array_equal(arrays(pipeline, [3, 4]), images.astype(np.float32) / 255)
 
-    ema, raw = (DiffiTPipeline.from_pretrained(weights.parent / name) for name in ("", "state.pt"))
+    ema, raw = (DiffiTPipeline.from_pretrained(weights.parent / name) for name in ("", "state"))
     one, two = (each.transformer.state_dict() for each in (ema, raw))
-    trained = torch.load(weights.with_name("state.pt"), weights_only=True)["model"]
-    assert all(torch.equal(two[name], value) for name, value in trained.items())
+    dcp_to_torch_save(weights.with_name("state"), tmp_path / "state.pt")
+    trained = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(value, trained[f"model.{name}"]) for name, value in two.items())
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
     (weights.parent / "progress.json").write_text("")  # the marker knows better

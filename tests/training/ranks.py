@@ -48,10 +48,9 @@ def main() -> None:
     begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--activation_checkpointing", "true")
     begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--steps", "4")
     begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6")
-    try:
-        begin("fsdp_half", "--ema_decay", "[0.9, 0.2]")
-    except ValueError as error:
-        seen["other_kind"] = str(error)
+    for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        begin(f"to_{then}", "--parallel", first, "--steps", "4")
+        begin(f"to_{then}", "--parallel", then)
 
     for kind in ("ddp", "fsdp"):
         run_dir = folder / f"poisoned_{kind}"

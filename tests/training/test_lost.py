@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffit import load_model
-from diffit.checkpoint.folder import complete_checkpoints, integrity_error
+from diffit.checkpoint.folder import checksum, complete_checkpoints, integrity_error
 from diffit.system.ranks import World
 from diffit.training import loop
 from diffit.training.checkpointing import write_failure
@@ -32,10 +32,9 @@ def names(run_dir):
 
 def same_end(one: Path, two: Path, step: int) -> bool:
     """Whether two runs ended with the same weights, average, optimizer and log."""
-    first, second = (torch.load(d / f"checkpoints/{step:08d}/state.pt", weights_only=True) for d in (one, two))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    averages = [(d / f"checkpoints/{step:08d}/ema.safetensors").read_bytes() for d in (one, two)]
-    return averages[0] == averages[1] and log_of(one) == log_of(two)
+    files = ("ema.safetensors", "state/__0_0.distcp")
+    first, second = ([(d / f"checkpoints/{step:08d}/{name}").read_bytes() for name in files] for d in (one, two))
+    return first == second and log_of(one) == log_of(two)
 
 
 def kill_and_resume(flags, run_dir, kills, after, seconds, generator) -> None:
@@ -77,13 +76,12 @@ def test_killed_20_times_on_fashion_mnist(tmp_path):
     assert same_end(tmp_path / "whole", tmp_path / "killed", 300)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_run_after_a_checkpoint(flags, tmp_path, number):
+def test_a_signal_ends_a_run_after_a_checkpoint(flags, tmp_path):
     command = [*TRAIN, *flags, "--run_dir", str(tmp_path), "--steps", "100000", "--save_every", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 3:
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_CODE == 75
     (saved,) = names(tmp_path)
@@ -101,7 +99,7 @@ def test_signals_are_given_back():
 
 def damage(folder: Path, how: str) -> None:
     if how == "bit":
-        with open(folder / "state.pt", "r+b") as file:
+        with open(folder / "state/__0_0.distcp", "r+b") as file:
             file.seek(1000)
             byte = file.read(1)[0]
             file.seek(1000)
@@ -116,7 +114,7 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("bit", "state.pt is damaged"),
+        ("bit", "state/__0_0.distcp is damaged"),
         ("cut", "ema.safetensors is damaged"),
         ("progress.json", "progress.json is missing"),
         ("complete.json", "it was not written to its end"),
@@ -133,6 +131,23 @@ def test_of_a_broken_checkpoint_the_one_before_is_used(flags, tmp_path, capsys, 
     run(flags, tmp_path / "broken")
     assert same_end(tmp_path / "whole", tmp_path / "broken", 6)
     assert names(tmp_path / "broken") == ["00000004", "00000006", "00000006.broken"]
+
+
+def test_a_checkpoint_of_before_goes_on(flags, tmp_path):
+    """Those that had weights and optimizer in one file, state.pt."""
+    run(flags, tmp_path / "whole")
+    run(flags, tmp_path / "old", "--steps", "4")
+    state = begun(flags, tmp_path / "old").state
+    checkpoint = tmp_path / "old/checkpoints/00000004"
+    shutil.rmtree(checkpoint / "state")
+    whole = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    torch.save(whole, checkpoint / "state.pt")
+    files = [checkpoint / name for name in ("ema.safetensors", "progress.json", "state.pt")]
+    (checkpoint / "complete.json").write_text(
+        json.dumps({path.name: [path.stat().st_size, checksum(path)] for path in files})
+    )
+    run(flags, tmp_path / "old")
+    assert same_end(tmp_path / "whole", tmp_path / "old", 6)
 
 
 @pytest.fixture

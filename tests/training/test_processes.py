@@ -62,9 +62,9 @@ def test_fsdp_resumes_bit_for_bit(folder):
 
 
 def test_shards_are_read_without_the_ranks_that_wrote_them(folder):
-    """The weights without EMA: FSDP's in shards, DDP's in state.pt, after the same training."""
+    """The weights without EMA, after the same training."""
     sharded, config = load_model(folder / "fsdp" / "checkpoints" / "00000006" / "state")
-    whole, _ = load_model(folder / "ddp" / "checkpoints" / "00000006" / "state.pt")
+    whole, _ = load_model(folder / "ddp" / "checkpoints" / "00000006" / "state")
     for (name, ours), theirs in zip(sharded.state_dict().items(), whole.state_dict().values(), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
     averaged, same_config = load_model(folder / "fsdp")
@@ -82,10 +82,15 @@ def test_shards_that_are_missing_are_named(folder, tmp_path):
         load_model(checkpoint / "state")
 
 
-def test_the_kinds_of_parallelism_are_not_mixed(seen):
+def test_all_ranks_share_what_rank_0_entered(seen):
     for rank in seen:
-        assert "was written with --parallel fsdp" in rank["other_kind"]
         assert (rank["entered"], rank["refused"]) == (1, "in use")  # rank 0's, everywhere
+
+
+@pytest.mark.parametrize("kind", ["to_fsdp", "to_ddp"])
+def test_a_run_changes_its_kind_of_parallelism(folder, kind):
+    np.testing.assert_allclose(curve(folder / kind), curve(folder / "ddp"), rtol=1e-5)
+    np.testing.assert_allclose(weights(folder / kind), weights(folder / "ddp"), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
