@@ -315,6 +315,7 @@ def measure_training(
         process=process,
         optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=device.type != "mps"),
         scaler=torch.amp.GradScaler(device.type, enabled=low == "fp16"),
+        sums=torch.zeros(4, device=device),
     )
 
     def step(forward: Any, precision: Precision) -> None:
