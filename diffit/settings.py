@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
-_COUNTS = {2: "two", 3: "three"}
-_INFINITY = float("inf")
-_LARGEST = 2**64 - 1  # of whole numbers
+# Type -> how a value is written on a command line, and what it is in words.
+_DESCRIBED: dict[Any, tuple[str, list[str]]] = {
+    bool: ("true|false", ["true or false"]),
+    int: ("N", ["a whole number"]),
+    float: ("X", ["a number"]),
+    str: ("TEXT", ["a text"]),
+}
 
 
 class Resume(Enum):
@@ -48,7 +52,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            -_INFINITY < value < _INFINITY  # which NaN is not
+            -math.inf < value < math.inf  # which NaN is not
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -63,7 +67,7 @@ class Range:
 
 
 def _number(bound: float) -> str:
-    return "2^64 - 1" if bound == _LARGEST else str(bound) if isinstance(bound, int) else f"{bound:g}"
+    return "2^64 - 1" if bound == 2**64 - 1 else str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def setting(default: Any = None, resume: Resume | None = None, *, factory: Any = None, **bounds: float) -> Any:
@@ -110,65 +114,66 @@ def check_settings(config: Any, prefix: str = "--") -> None:
             check_setting(f"{prefix}{each.name}", hints[each.name], each.metadata.get("range"), value)
 
 
-def check_setting(name: str, hint: Any, allowed: Range | None, value: Any) -> None:
-    """`check_settings` of one value, under the name that errors use."""
-    if not fits(hint, value):
-        raise ValueError(f"{name} must be {words_of(hint)}, not {value}")
-    for number in _numbers(value):
-        if allowed is not None and number not in allowed:
+def check_setting(name: str, hint: Any, allowed: Range | None, value: Any) -> Any:
+    """`check_settings` of one value, under the name that errors use; returns it as its type has it."""
+    try:
+        value = typed(hint, value)
+    except TypeError:
+        raise ValueError(f"{name} must be {words_of(hint)}, not {value}") from None
+    for number in value if isinstance(value, (tuple, list)) else [value]:
+        if allowed is not None and isinstance(number, (int, float)) and number not in allowed:
             raise ValueError(f"{name} must be {allowed}, not {number}")
+    return value
 
 
-def _numbers(value: Any) -> Iterator[Any]:
-    if isinstance(value, Real) and not isinstance(value, bool):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers(item)
+def typed(hint: Any, value: Any) -> Any:
+    """A value, of YAML say, as a type has it: 1 as 1.0 where a number is meant, a list as a tuple.
+
+    Raises:
+        TypeError: if it is not of the type.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for choice in inner:
+            with contextlib.suppress(TypeError):
+                return typed(choice, value)
+    elif origin in (tuple, list) and isinstance(value, (tuple, list)):
+        items = [inner[0]] * len(value) if origin is list or inner[-1] is Ellipsis else inner
+        if len(items) == len(value):
+            return origin(map(typed, items, value))
+    elif hint in (int, float):
+        if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**64:
+            return hint(value)
+        if hint is float and isinstance(value, Real) and not isinstance(value, Integral):  # NumPy's too
+            return float(value)
+    elif value in inner if origin is Literal else isinstance(value, origin or hint):
+        return value
+    raise TypeError
+
+
+def words_of(hint: Any) -> str:
+    """What a value of a type may be, as it ends the sentence 'it must be'."""
+    *others, last = [word for _, words in described(hint) for word in words]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def described(hint: Any) -> Iterator[tuple[str, list[str]]]:
+    """The ways to write a value on a command line, such as 'N N', each with what it is in words."""
+    choices = [choice for choice in alternatives(hint) if choice is not types.NoneType]
+    several = [get_args(choice)[0] for choice in choices if get_origin(choice) is list]  # one of them is one item
+    for choice in (choice for choice in choices if choice not in several):
+        origin, inner = get_origin(choice), get_args(choice)
+        if origin is Literal:
+            yield "|".join(inner), list(inner)
+        elif origin in (tuple, list):
+            form, (words,) = next(described(inner[0]))
+            many = origin is list or inner[-1] is Ellipsis
+            count = "one or more" if many else {2: "two", 3: "three"}[len(inner)]
+            yield f"{form} ..." if many else " ".join([form] * len(inner)), [f"{count} {words.partition(' ')[2]}s"]
+        else:
+            yield _DESCRIBED.get(choice, ("'{KEY: VALUE, ...}'", ["a mapping of names to values"]))
 
 
 def alternatives(hint: Any) -> list[Any]:
     """The types of a union, or the one type that there is."""
     return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-
-
-def fits(hint: Any, value: Any) -> bool:
-    """Whether a value, as YAML has it, is of a type; lists count as tuples, whole numbers as numbers."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(choice, value) for choice in inner)
-    if origin is Literal:
-        return isinstance(value, str) and value in inner
-    if origin in (tuple, list):
-        if not isinstance(value, (tuple, list)):
-            return False
-        several = [inner[0]] * len(value) if origin is list or inner[-1] is Ellipsis else inner
-        return len(value) == len(several) and all(map(fits, several, value))
-    if hint in (int, float):
-        if isinstance(value, Integral):  # NumPy's too
-            return not isinstance(value, bool) and abs(int(value)) <= _LARGEST
-        return hint is float and isinstance(value, Real)
-    return isinstance(value, origin or hint)
-
-
-def words_of(hint: Any) -> str:
-    """What a value of a type may be, as it ends the sentence 'it must be'."""
-    *others, last = [word for choice in written(hint) for word in _words(choice)]
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def written(hint: Any) -> list[Any]:
-    """The types of which a command line shows a value: without None, and one or more in place of one or several."""
-    choices = [choice for choice in alternatives(hint) if choice is not types.NoneType]
-    several = [get_args(choice)[0] for choice in choices if get_origin(choice) is list]
-    return [choice for choice in choices if choice not in several]
-
-
-def _words(choice: Any) -> Iterable[str]:
-    origin, inner = get_origin(choice), get_args(choice)
-    if origin is Literal:
-        return map(str, inner)
-    if origin in (tuple, list):
-        several = origin is list or inner[-1] is Ellipsis
-        return [f"{'one or more' if several else _COUNTS[len(inner)]} {_PLURALS[inner[0]]}"]
-    return [_WORDS.get(choice, "a mapping of names to values")]

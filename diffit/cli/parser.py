@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
@@ -12,8 +13,8 @@ from typing import Any, TypeVar, get_origin
 
 import yaml
 
-from diffit.cli.settings import Command, Setting, form_of, help_text, settings_of
-from diffit.settings import alternatives, check_setting, check_settings, fits, type_hints, words_of
+from diffit.cli.settings import Command, Setting, help_text, settings_of
+from diffit.settings import alternatives, check_setting, check_settings, type_hints, typed, words_of
 
 T = TypeVar("T")
 
@@ -68,8 +69,7 @@ def parse(command: Command, arguments: Sequence[str]) -> dict[str, Any]:
     for key, value in written:
         node, _, rest = key.partition(".")
         if key in settings:
-            check_setting(f"--{key}", settings[key].hint, settings[key].range, value)
-            given[key] = _converted(settings[key].hint, value)
+            given[key] = check_setting(f"--{key}", settings[key].hint, settings[key].range, value)
         elif rest and node in settings and get_origin(settings[node].hint) is dict:  # an entry of a mapping
             given[node] = {**given.get(node, {}), rest: value}
         else:
@@ -129,13 +129,14 @@ def _value(setting: Setting, values: Sequence[str]) -> Any:
     if not values:
         if setting.hint is bool:
             return True
-        form = form_of(setting.hint)
-        raise ValueError(f"--{setting.key} needs a value, {words_of(setting.hint)}: --{setting.key} {form}")
+        raise ValueError(f"--{setting.key} needs a value, {words_of(setting.hint)}: {setting.written}")
     if len(values) > 1 and not any(get_origin(choice) in (tuple, list) for choice in alternatives(setting.hint)):
         raise ValueError(f"--{setting.key} takes one value, {words_of(setting.hint)}, not {' '.join(values)}")
     text = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
     value = _yaml(text)
-    return value if fits(setting.hint, value) and not isinstance(value, str) else text
+    with contextlib.suppress(TypeError):
+        return text if isinstance(value, str) else typed(setting.hint, value)
+    return text
 
 
 def _yaml(text: str) -> Any:
@@ -143,18 +144,6 @@ def _yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
-
-
-def _converted(hint: Any, value: Any) -> Any:
-    """A value as its type has it: YAML writes 1 for 1.0 and lists for tuples."""
-    hint = next(choice for choice in alternatives(hint) if fits(choice, value))
-    if hint is float:
-        return float(value)
-    if get_origin(hint) in (tuple, list):
-        inner = hint.__args__
-        several = [inner[0]] * len(value) if inner[-1] is Ellipsis or get_origin(hint) is list else inner
-        return get_origin(hint)(map(_converted, several, value))
-    return value
 
 
 def _unknown(key: str, settings: Mapping[str, Setting]) -> str:

@@ -7,13 +7,11 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from docstring_parser import parse
 
-from diffit.settings import Range, type_hints, written
-
-_FORMS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+from diffit.settings import Range, described, type_hints
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,11 @@ class Setting:
     doc: str
     node: str
     title: str
+
+    @property
+    def written(self) -> str:
+        """The flag and how its value is written."""
+        return f"--{self.key} {' | '.join(form for form, _ in described(self.hint))}"
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,6 @@ def _field_docs(config_class: type) -> dict[str, str]:
     return docs
 
 
-def form_of(hint: Any) -> str:
-    """How a value of a type is written on the command line, such as 'N N'."""
-    return " | ".join(map(_form, written(hint)))
-
-
-def _form(choice: Any) -> str:
-    origin, inner = get_origin(choice), get_args(choice)
-    if origin is Literal:
-        return "|".join(map(str, inner))
-    if origin in (tuple, list):
-        several = origin is list or inner[-1] is Ellipsis
-        return f"{form_of(inner[0])} ..." if several else " ".join(map(form_of, inner))
-    return _FORMS.get(choice, "'{KEY: VALUE, ...}'")
-
-
 def help_text(command: Command) -> str:
     """Usage in a line, then the settings: everyday ones, the others, and every node of the tree."""
     width = min(shutil.get_terminal_size().columns, 120)
@@ -104,7 +92,7 @@ def help_text(command: Command) -> str:
     lines += ["", "everyday settings"]
     lines += _entry("--config FILE", "a YAML file with any of the settings; flags override it", width)
     for setting in everyday:
-        lines += _entry(f"--{setting.key} {form_of(setting.hint)}", _explained(setting, command.follows), width)
+        lines += _entry(setting.written, _explained(setting, command.follows), width)
     titles = {"": "more settings"} | {s.node: f"{s.node}: {s.title}" for s in every.values() if s.node}
     used = {"", *(setting.node for setting in everyday)}
     for node in sorted(titles, key=lambda name: name not in used):
@@ -113,7 +101,7 @@ def help_text(command: Command) -> str:
         for setting in every.values():
             if setting.node == node and setting not in everyday:
                 follows = {setting.key: ""} if whose else command.follows
-                lines += _entry(f"--{setting.key} {form_of(setting.hint)}", _explained(setting, follows), width)
+                lines += _entry(setting.written, _explained(setting, follows), width)
     return "\n".join([*lines, "", command.epilog.strip()]) + "\n"
 
 
