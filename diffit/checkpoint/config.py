@@ -7,7 +7,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from diffit.config import PIXELS, CodecConfig
-from diffit.diffusion.config import SAMPLERS, GuidanceConfig, ProcessSettings, SamplingConfig, fitting_processes
+from diffit.diffusion.config import (
+    SAMPLERS,
+    GuidanceConfig,
+    ProcessSettings,
+    SamplingConfig,
+    changed_sampling,
+    fitting_processes,
+)
 from diffit.models.config import DiffiTConfig, NetworkConfig, model_config
 from diffit.settings import check_settings
 
@@ -28,10 +35,14 @@ class CheckpointConfig(ProcessSettings):
     def image_size(self) -> int:
         return self.network.input_size * self.codec.factor
 
-    @property
-    def recommended(self) -> dict[str, Any]:
-        """The settings of process, sampling and guidance by dotted name, as defaults of a command line."""
+    def recommended(self, sampler: str | None = None) -> dict[str, Any]:
+        """The settings of process, sampling and guidance by dotted name, as defaults of a command line.
+
+        sampler: another one than its own, for which only what it reads is recommended.
+        """
         nodes = {node.name: asdict(getattr(self, node.name)) for node in fields(ProcessSettings)[1:]}
+        named = {} if sampler is None else {"sampler": sampler}
+        nodes["sampling"] = asdict(changed_sampling(self.process, self.sampling, **named))
         dotted = {f"{name}.{key}": value for name, node in nodes.items() for key, value in node.items()}
         return {"process": self.process} | dotted
 

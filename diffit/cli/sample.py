@@ -55,7 +55,8 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
     """Resolve sample.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
     given = parse(COMMAND, upstream_arguments(given_arguments(COMMAND, argv)))
     source, checkpoint = find_checkpoint(given.get("model"), given.get("model_path"), given.get("image_size"))
-    recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size} | checkpoint.recommended
+    recommended = {"model": checkpoint.model, "image_size": checkpoint.image_size}
+    recommended |= checkpoint.recommended(given.get("sampling.sampler"))
     if given.get("fast") and checkpoint.process_config.num_timesteps is not None:
         recommended["guidance.skip_below"] = SKIP_BELOW
     config = build(SampleConfig, recommended | given)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from diffit.settings import SAME, check_settings, setting
 
@@ -28,16 +28,28 @@ GUIDANCE_SCHEDULES = {
     "constant": f"{_HERE}.guidance:constant_weight",
     "power_cosine": f"{_HERE}.guidance:power_cosine_weight",
 }
-# Process -> sampler -> function (process config, sampling config) -> sampler; the first one is the process' default.
+
+
+class SamplerEntry(NamedTuple):
+    """A function (process config, sampling config) -> sampler, and what it reads beside the number of steps."""
+
+    function: str
+    reads: tuple[str, ...] = ()
+
+
+# Process -> sampler -> its entry; the first one is the default of the process.
 SAMPLERS = {
     "gaussian": {
-        "ddpm": f"{_HERE}.samplers:ddpm_sampler",
-        "ddim": f"{_HERE}.samplers:ddim_sampler",
-        "dpm++": f"{_HERE}.samplers:dpm_solver_sampler",
-        "unipc": f"{_HERE}.samplers:unipc_sampler",
+        "ddpm": SamplerEntry(f"{_HERE}.samplers:ddpm_sampler", ("clip_denoised",)),
+        "ddim": SamplerEntry(f"{_HERE}.samplers:ddim_sampler", ("eta", "clip_denoised")),
+        "dpm++": SamplerEntry(f"{_HERE}.samplers:dpm_solver_sampler"),
+        "unipc": SamplerEntry(f"{_HERE}.samplers:unipc_sampler"),
     },
-    "edm": {"heun": f"{_HERE}.edm:heun_sampler"},
-    "flow": {"euler": f"{_HERE}.flow:euler_sampler", "heun": f"{_HERE}.flow:heun_sampler"},
+    "edm": {"heun": SamplerEntry(f"{_HERE}.edm:heun_sampler", ("s_churn", "s_min", "s_max", "s_noise"))},
+    "flow": {
+        "euler": SamplerEntry(f"{_HERE}.flow:euler_sampler"),
+        "heun": SamplerEntry(f"{_HERE}.flow:heun_sampler"),
+    },
 }
 
 if TYPE_CHECKING:  # a type checker takes no computed Literal
@@ -82,7 +94,6 @@ class DiffusionConfig:
     name: ClassVar = "gaussian"
     implementation: ClassVar = f"{_HERE}.gaussian:create_process"
     guidance_schedules: ClassVar = ("constant", "power_cosine")
-    own_sampling: ClassVar = ("eta", "clip_denoised")
     spaces: ClassVar = ("latents",)  # of what the networks see that are trained with it
 
     @staticmethod
@@ -119,7 +130,6 @@ class EDMConfig:
     name: ClassVar = "edm"
     implementation: ClassVar = f"{_HERE}.edm:EDM"
     guidance_schedules: ClassVar = ("constant",)
-    own_sampling: ClassVar = ("s_churn", "s_min", "s_max", "s_noise")
     spaces: ClassVar = ("pixels",)
     learn_sigma: ClassVar = False
     num_timesteps: ClassVar = None  # the network is asked about ln(sigma)/4: there are no timesteps
@@ -144,7 +154,6 @@ class FlowConfig:
     name: ClassVar = "flow"
     implementation: ClassVar = f"{_HERE}.flow:FlowMatching"
     guidance_schedules: ClassVar = ("constant",)
-    own_sampling: ClassVar = ()
     spaces: ClassVar = ("latents", "pixels")
     learn_sigma: ClassVar = False
     num_timesteps: ClassVar = 1000  # the network is asked at 1000 t
@@ -239,6 +248,18 @@ class ProcessSettings:
         return next(node for node in nodes if isinstance(node, ProcessConfig) and node.name == self.process)
 
 
+def unread_settings(process: str, sampler: str) -> dict[str, Any]:
+    """The settings of sampling that a sampler does not read, and their defaults; {} if the process does not have it."""
+    entry, (_, _, *others) = SAMPLERS[process].get(sampler), fields(SamplingConfig)
+    return {each.name: each.default for each in others if entry and each.name not in entry.reads}
+
+
+def changed_sampling(process: str, recommended: SamplingConfig, **changes: Any) -> SamplingConfig:
+    """Recommended settings with some changed; the others that the sampler does not read return to their defaults."""
+    unread = unread_settings(process, changes.get("sampler", recommended.sampler))
+    return replace(recommended, **(unread | changes))
+
+
 def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: GuidanceConfig) -> None:
     """Refuse settings that do not work: out of their ranges, or without a meaning to the process.
 
@@ -260,10 +281,11 @@ def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: Gu
     if sampling.sampler not in SAMPLERS[name]:
         choices = " or ".join(SAMPLERS[name])
         raise ValueError(f"the {sampling.sampler} sampler does not fit the {name} process: choose {choices}")
-    foreign = {key for other in get_args(ProcessConfig) for key in other.own_sampling} - set(process.own_sampling)
-    for each in fields(sampling):
-        if each.name in foreign and getattr(sampling, each.name) != each.default:
-            raise ValueError(f"--sampling.{each.name} means nothing to the {name} process: leave it out")
+    for key, default in unread_settings(name, sampling.sampler).items():
+        if getattr(sampling, key) != default:
+            raise ValueError(
+                f"the {sampling.sampler} sampler of the {name} process does not read --sampling.{key}: leave it out"
+            )
     if sampling.s_max is not None and sampling.s_max < sampling.s_min:
         raise ValueError(
             f"heun puts noise back between s_min and s_max: --sampling.s_max must be at least {sampling.s_min}, not "

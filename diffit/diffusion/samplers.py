@@ -41,7 +41,8 @@ def create_sampler(process: ProcessConfig, config: SamplingConfig) -> Sampler:
     Raises:
         ValueError: if the sampler or its steps do not fit the process.
     """
-    return choose(f"sampler of the {process.name} process", SAMPLERS[process.name], config.sampler)(process, config)
+    functions = {name: entry.function for name, entry in SAMPLERS[process.name].items()}
+    return choose(f"sampler of the {process.name} process", functions, config.sampler)(process, config)
 
 
 def model_at(model: Model, time: float) -> Model:

@@ -23,7 +23,7 @@ from diffit.checkpoint.weights import load_model
 from diffit.codec import Codec, create_codec
 from diffit.config import Precision
 from diffit.diffusion import SampleNoise, create_sampler, guided_model
-from diffit.diffusion.config import SKIP_BELOW, check_process
+from diffit.diffusion.config import SKIP_BELOW, changed_sampling, check_process
 from diffit.diffusion.samplers import Sampler, SamplerState
 from diffit.models.fast import compiles, fast_network, fast_precision
 from diffit.sampling.labels import class_names, resolve_labels
@@ -166,9 +166,10 @@ def changed(
     def given(**values: Any) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value is not None}
 
-    sampling = given(sampler=sampler, num_sampling_steps=num_sampling_steps)
+    changes = given(sampler=sampler, num_sampling_steps=num_sampling_steps)
+    sampling = changed_sampling(config.process, config.sampling, **changes)
     guidance = given(scale=cfg_scale, schedule=schedule, enabled=None if cfg_scale is None else True)
-    return replace(config, sampling=replace(config.sampling, **sampling), guidance=replace(config.guidance, **guidance))
+    return replace(config, sampling=sampling, guidance=replace(config.guidance, **guidance))
 
 
 def fitting_sampler(config: CheckpointConfig) -> Sampler:
