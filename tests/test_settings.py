@@ -163,6 +163,12 @@ def test_the_door_of_a_checkpoint(node):
                     CheckpointConfig.from_json(json.dumps(tree))
 
 
+def test_more_names_than_classes():
+    config = replace(default_config("Diffit-Fashion"), class_names=("a",) * 11)
+    with pytest.raises(ValueError, match="11 class_names for a network of 10 classes"):
+        CheckpointConfig.from_json(config.to_json())
+
+
 def test_levels_and_betas_that_do_not_fit_one_another(capsys):
     for line, words in (
         ("--model ImageDiffit-Tiny --edm.sigma_min 81", "--edm.sigma_min must be below --edm.sigma_max 80.0, not 81"),

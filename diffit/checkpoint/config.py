@@ -69,7 +69,10 @@ class CheckpointConfig(ProcessSettings):
             **known,
         )
         check_settings(config, "")
-        return config
+        names, classes = len(config.class_names), config.network.num_classes
+        if names > classes:
+            raise ValueError(f"there are {names} class_names for a network of {classes} classes")
+        return replace(config, sampling=changed_sampling(config.process, config.sampling))
 
 
 # The published settings of the released weights: image size -> file and guidance.

@@ -1,10 +1,15 @@
 """sample.py's command line: upstream's flags, precedence, and refusals. The public flags are frozen here."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
+from diffit import load_model
+from diffit.checkpoint.weights import save_checkpoint
 from diffit.cli.sample import parse_sample
 from diffit.cli.settings import settings_of
+from diffit.diffusion.config import SamplingConfig
 from diffit.sampling.config import SampleConfig
 from diffit.system.files import as_tree
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint
@@ -107,7 +112,7 @@ def test_precedence(tmp_path):
     """Checkpoint, then --config, then flags, wherever --config stands."""
     checkpoint = save_small_checkpoint(tmp_path, "vae")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("guidance:\n  scale: 3.0\nsampling:\n  eta: 0.5\n")
+    recipe.write_text("guidance:\n  scale: 3.0\nsampling:\n  sampler: ddim\n  eta: 0.5\n")
     line = f"--model_path {checkpoint} --cfg_scale 5 --config {recipe}"
     config = sample_config(line)
     assert (config.model, config.image_size) == ("Diffit-S", 16)
@@ -115,6 +120,18 @@ def test_precedence(tmp_path):
     assert config.sampling.eta == 0.5  # the file's
     assert config.guidance.scale == 5  # the flag's
     assert sample_config(f"--model_path {checkpoint}").guidance.scale == 2
+
+
+def test_what_a_checkpoint_recommends_for_its_own_sampler(tmp_path, capsys):
+    """Another sampler that does not read it leaves it out; named by the user it is refused."""
+    checkpoint = save_small_checkpoint(tmp_path, "vae")
+    weights, config = load_model(checkpoint)
+    ddim = replace(config, sampling=SamplingConfig("ddim", 5, eta=0.5))
+    save_checkpoint(checkpoint, weights.state_dict(), ddim)
+    line = f"--model_path {checkpoint}"
+    assert sample_config(line).sampling == ddim.sampling
+    assert sample_config(f"{line} --sampler dpm++").sampling == SamplingConfig("dpm++", 5)
+    assert "dpm++ sampler" in refusal(f"{line} --sampler dpm++ --sampling.eta 0.5", capsys)
 
 
 def test_fast_skips_guidance_unless_told_otherwise(tmp_path):

@@ -1,5 +1,7 @@
 """Samplers on a Gaussian data set, whose best denoiser is a formula and whose ODE has a closed-form solution."""
 
+import re
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -7,7 +9,18 @@ import pytest
 import torch
 
 from diffit.diffusion import ClassifierFreeGuidance, SampleNoise, create_diffusion, create_sampler
-from diffit.diffusion.config import SAMPLERS, DiffusionConfig, EDMConfig, ProcessConfig, SamplingConfig
+from diffit.diffusion.config import (
+    SAMPLERS,
+    DiffusionConfig,
+    EDMConfig,
+    GuidanceConfig,
+    ProcessConfig,
+    ProcessSettings,
+    SamplingConfig,
+    changed_sampling,
+    check_process,
+    unread_settings,
+)
 
 MEAN, STD = 0.3, 0.5
 PROCESS = create_diffusion("")
@@ -166,3 +179,37 @@ def test_no_sampling_step_waits_for_a_gpu(sampler):
 def test_unusable_settings_are_refused(settings):
     with pytest.raises(ValueError):
         create_sampler(DiffusionConfig(), SamplingConfig(**settings))
+
+
+# Another value of each setting of sampling beside sampler and steps.
+OTHERS = {"eta": 0.5, "clip_denoised": True, "s_churn": 2.0, "s_min": 1.0, "s_max": 1.0, "s_noise": 1.5}
+
+
+@pytest.mark.parametrize("setting", OTHERS)
+@pytest.mark.parametrize(("process", "name"), [(p, name) for p, entries in SAMPLERS.items() for name in entries])
+def test_a_sampler_reads_what_the_table_says(process, name, setting):
+    """A setting that it reads changes the samples; any other changes none, and is refused by name."""
+    config = ProcessSettings(process=process).process_config
+    base = (
+        SamplingConfig(name, 5, s_churn=3.0) if "s_churn" in SAMPLERS[process][name].reads else SamplingConfig(name, 5)
+    )
+    changed = replace(base, **{setting: OTHERS[setting]})
+
+    def sample(sampling):
+        generator = torch.Generator().manual_seed(0)
+        outputs = 2 if config.learn_sigma else 1
+        states = create_sampler(config, sampling)(
+            lambda x, t: torch.cat([x.float().tanh()] * outputs, dim=1),
+            torch.randn(2, 1, 4, 4, generator=generator),
+            lambda: torch.randn(2, 1, 4, 4, generator=generator),
+        )
+        return list(states)[-1].x
+
+    same = torch.equal(sample(base), sample(changed))
+    assert same == (setting in unread_settings(process, name)) == (setting not in SAMPLERS[process][name].reads)
+    if same:
+        with pytest.raises(ValueError, match=f"the {re.escape(name)} sampler .* does not read --sampling.{setting}"):
+            check_process(config, changed, GuidanceConfig())
+        assert changed_sampling(process, changed) == base  # as where a checkpoint recommended it for another sampler
+    else:
+        check_process(config, changed, GuidanceConfig())
