@@ -20,6 +20,7 @@ from diffit.cli.run import one_sentence
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.reference import make_reference, open_source
 from diffit.system.device import resolve_device
+from diffit.system.files import check_apart, exclusive, explained_write
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,15 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
         raise FileNotFoundError(f"the folder {args.out.parent} does not exist: make it first")
     if args.out.suffix != ".npz":
         raise ValueError(f"{args.out} must end in .npz")
+    check_apart(args.out, args.source, "OUT", inside=False)
     source = open_source(args.source, args.image_size, args.data_root)
     backend = create_backend(args.backend or "torch", args.weights, args.features, resolve_device(args.device))
-    stored = make_reference(
-        *(source, args.out, backend),
-        num_images=args.num_images,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        image_size=args.image_size,
-        padding=args.padding,
-    )
+    writing = explained_write(str(args.out), "free some space, or choose another OUT")
+    with exclusive(args.out.parent, args.out.name), writing:
+        stored = make_reference(
+            *(source, args.out, backend),
+            num_images=args.num_images,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            padding=args.padding,
+        )
     print(f"{args.out}: moments of {source.count} images ({backend.name}), {'x'.join(map(str, stored))} of them stored")
     return 0

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
     sys.exit(start("fashion:main"))
 
 import argparse
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm, trange
@@ -39,6 +40,7 @@ from diffit.data.datasets import fashion_mnist
 from diffit.evaluation.fashion import CLASSIFIER, FEATURES, REFERENCE, FashionClassifier
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import Reference, both_radii, collect, score_images
+from diffit.system.files import write_atomically
 
 KL_WEIGHT = 1e-4  # per latent value, beside an L1 + MSE per pixel on [-1, 1]
 REFERENCE_IMAGES, TEST_IMAGES = 10_000, 2_000
@@ -163,7 +165,7 @@ def make_classifier(args: argparse.Namespace) -> None:
         found = accuracy(classifier, *test)
         print(json.dumps({"epoch": epoch + 1, "test_accuracy": found}), flush=True)
     state = {name: value.cpu().contiguous() for name, value in classifier.state_dict().items()}
-    save_file(state, args.out, metadata={"test_accuracy": f"{found:.4f}"})
+    write_atomically(args.out, save(state, metadata={"test_accuracy": f"{found:.4f}"}))
 
 
 def make_reference(args: argparse.Namespace) -> None:
@@ -185,8 +187,9 @@ def make_reference(args: argparse.Namespace) -> None:
     radii = both_radii(points, backend.device, progress=True)
     reference = Reference(mean.astype(float), covariance.astype(float), None, points, radii, ())
     scores = score_images(batches(test), reference, backend, total=len(test), labels=labels)
+    content = io.BytesIO()
     np.savez_compressed(
-        args.out,
+        content,
         features=np.array(backend.name),
         mu=mean,
         sigma=covariance,
@@ -196,6 +199,7 @@ def make_reference(args: argparse.Namespace) -> None:
         test_labels=labels[:TEST_IMAGES].astype(np.uint8),
         test_scores=np.array(json.dumps(asdict(scores))),
     )
+    write_atomically(args.out, content.getvalue())
     print(f"{args.out}: {args.out.stat().st_size} bytes, of {backend.name}; all test images: {scores}")
 
 

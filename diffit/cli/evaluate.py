@@ -15,6 +15,7 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from diffit.evaluation.scores import LABELS, NEEDS, Scores, load_reference, scor
 from diffit.evaluation.statistics import SingularCovarianceWarning
 from diffit.system.device import resolve_device
 from diffit.system.distributed import World, joined, main_first, on_main
-from diffit.system.files import write_atomically
+from diffit.system.files import check_apart, explained_write, write_atomically
 
 # What ADM's README says of its public pair, and what half precision and other hardware may move.
 _PUBLISHED = {
@@ -84,7 +85,12 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     """
     if args.json and not args.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
+    if args.json and (args.json.is_dir() or not os.access(args.json.resolve().parent, os.W_OK)):
+        raise ValueError(f"--json {args.json}: a folder stands there, or its folder cannot be written; choose another")
     real, file = main_first(world, lambda: _open(args))
+    for source in (real, file):
+        if args.json and source:
+            check_apart(args.json, source.path, "--json", inside=False)
     notes = on_main(world, lambda: _inspect(real, file))
     features = args.features if real else fashion.FEATURES
     kind, device = args.backend or "torch", resolve_device(args.device)
@@ -117,7 +123,8 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
             about: dict[str, object] = {"protocol": protocol, "features": backend.name, "origin": reference.origin}
             about |= {"reference": str(real.path if real else fashion.REFERENCE), "samples": str(file.path)}
             about |= {"real_test_images": test and asdict(test), "warnings": notes + late}
-            write_atomically(args.json, (json.dumps(asdict(scores) | adm | about, indent=2) + "\n").encode())
+            with explained_write(f"--json {args.json}", "free some space; the scores are those printed above"):
+                write_atomically(args.json, (json.dumps(asdict(scores) | adm | about, indent=2) + "\n").encode())
     return scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 
 from diffit.cli.run import one_sentence
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="where the pipeline is written")
     arguments = parser.parse_args(argv)
     from diffit.pipeline import DiffiTPipeline  # loads PyTorch and diffusers, which --help does without
+    from diffit.system.files import check_apart
 
+    check_apart(Path(arguments.folder), arguments.checkpoint, "folder", inside=False)
     DiffiTPipeline.from_pretrained(arguments.checkpoint).save_pretrained(arguments.folder)
     print(f'{arguments.folder}: DiffiTPipeline.from_pretrained("{arguments.folder}") samples from it')

@@ -34,7 +34,7 @@ from diffit.data.latent_cache import LABELS, MANIFEST, CacheSettings, LatentCach
 from diffit.system import distributed
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.distributed import World
-from diffit.system.files import difference, exclusive, explained_write, npy_bytes, write_atomically
+from diffit.system.files import check_apart, difference, exclusive, explained_write, npy_bytes, write_atomically
 
 _SETTINGS = "settings.json"  # of a cache in the making
 _BATCH_PIXELS = 1 << 21  # 32 images at 256 pixels: a batch that fits small GPUs
@@ -48,6 +48,7 @@ def encode(config: EncodeConfig) -> None:
     """
     device, folder, data = resolve_device(config.device), Path(config.out).expanduser(), config.data
     set_matmul_precision("tf32")
+    check_apart(folder, data.path, "--out")
     with distributed.joined(device) as world:
         if data.name == "folder" and data.path is None:
             cache = open_cache(folder)
@@ -163,8 +164,6 @@ class _Making:
         """Make the folder ready; returns the numbers of the shards to be made."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings()
-        for leftover in self.folder.glob("*.part"):
-            leftover.unlink()
         manifest = self.folder / MANIFEST
         if manifest.exists():
             try:

@@ -43,6 +43,7 @@ from diffit.diffusion import Process
 from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.system import distributed
 from diffit.system.distributed import World
+from diffit.system.files import check_apart
 
 TrainingSet = PixelDataset | LatentDataset
 
@@ -164,6 +165,7 @@ def open_training_set(
     Raises:
         ValueError, FileNotFoundError: in one sentence, for what is wrong with data or cache.
     """
+    check_apart(run_dir, config.path, "--run_dir")
     if isinstance(codec, PixelCodec):
         images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
         unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers, run_dir))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffit.system.files import sha256, write_atomically
+from diffit.system.files import exclusive, open_atomically, sha256, write_atomically
 
 _ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
 INCEPTION_GRAPH = "classify_image_graph_def.pb"
@@ -43,18 +43,20 @@ def cached(name: str) -> Path:
     """
     path = cache_folder() / name
     if not path.is_file():
-        url, temporary = URLS[name], path.with_name(f"{name}.part")
+        url = URLS[name]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as file:
+            with (
+                exclusive(path.parent, name),
+                urllib.request.urlopen(url, timeout=30) as answer,
+                open_atomically(path) as file,
+            ):
                 size = int(answer.headers.get("Content-Length") or 0)
                 with tqdm.wrapattr(answer, "read", total=size or None, desc=name) as watched:
                     shutil.copyfileobj(watched, file)
-            if size and temporary.stat().st_size != size:
-                raise urllib.error.URLError(f"connection closed after {temporary.stat().st_size} of {size} bytes")
-            os.replace(temporary, path)  # it appears under its name only when whole
+                if size and file.tell() != size:
+                    raise urllib.error.URLError(f"connection closed after {file.tell()} of {size} bytes")
         except OSError as error:  # URLError is one
-            temporary.unlink(missing_ok=True)
             reason = getattr(error, "reason", error)
             raise FileNotFoundError(
                 f"{name} is needed and cannot be fetched ({reason}): download {url} elsewhere and put it at {path}"

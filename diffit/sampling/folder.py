@@ -63,7 +63,7 @@ class SampleFolder:
                 for file in (*self.path.glob("samples_*.npz"), self.path / GRID, self.path / MANIFEST):
                     file.unlink(missing_ok=True)
                 self.write_manifest({"settings": settings, "complete": False})
-            for leftover in (*self.path.glob("*.part"), *self.shards.glob("*.part")):
+            for leftover in self.shards.glob("*.part"):
                 leftover.unlink()
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot write samples to {self.path} ({error}): choose another --log_dir") from error
@@ -147,7 +147,7 @@ def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
     with explained_write(f"to {folder}", f"{_ADVICE}, it continues from here"):
         folder.mkdir(exist_ok=True)
         for offset, image in enumerate(images):
-            picture(image).save(folder / f"{first + offset:06d}.png")
+            write_atomically(folder / f"{first + offset:06d}.png", png_bytes(picture(image)))
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:
@@ -157,9 +157,14 @@ def picture(image: NDArray[np.uint8]) -> Image.Image:
 
 def save_grid(path: Path, images: Sequence[NDArray[np.uint8]], titles: Sequence[str]) -> None:
     """Write `draw_grid` as a PNG file."""
+    write_atomically(path, png_bytes(draw_grid(images, titles)))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as the contents of a PNG file."""
     buffer = io.BytesIO()
-    draw_grid(images, titles).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], columns: int | None = None) -> Image.Image:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import os
+import re
 import socket
 import sys
 import warnings
@@ -60,9 +62,24 @@ def explained_write(what: str, advice: str) -> Iterator[None]:
         raise ValueError(f"cannot write {what} ({error.strerror}): {advice}") from error
 
 
+def check_apart(out: Path, source: str | Path | None, flag: str, inside: bool = True) -> None:
+    """Make sure that what is written is not what is read, nor (if `inside`) lies in it.
+
+    Raises:
+        ValueError: naming the flag of the output.
+    """
+    if source is None or not Path(source).expanduser().exists():
+        return
+    there, read = out.expanduser().resolve(), Path(source).expanduser().resolve()
+    if there == read or (inside and there.is_relative_to(read)) or (there.exists() and there.samefile(read)):
+        raise ValueError(f"{out} is or lies in {source}, which is read: choose another {flag}")
+
+
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Have a folder, which is made if need be, for this process alone until the block ends.
+def exclusive(folder: Path, name: str = "") -> Iterator[None]:
+    """Have a folder, which is made if need be, or a file in it for this process alone until the block ends.
+
+    What killed writers left of that file, or of files in the folder, is removed.
 
     It is a POSIX record lock on a file that names its holder: the system frees it when the process dies, forked workers
     do not inherit it, and network file systems know it.
@@ -73,7 +90,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    path = folder / ".lock"
+    path = folder / (f".{name}.lock" if name else ".lock")
     while True:
         with explained_write(f"to {folder}", "choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +102,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             holder = file.read() or "another process"
             file.close()
             raise ValueError(
-                f"{folder} is in use by {holder}: wait for it or stop it, or choose another folder"
+                f"{folder / name} is in use by {holder}: wait for it or stop it, or choose another"
+                f"{'' if name else ' folder'}"
             ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
@@ -94,6 +112,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        for leftover in folder.glob(f"{glob.escape(name)}*.part"):
+            if leftover.is_file() and re.search(r"\.\d+\.part$", leftover.name):  # as open_atomically names them
+                leftover.unlink(missing_ok=True)
         try:
             yield
         finally:
