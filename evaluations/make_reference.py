@@ -15,7 +15,7 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 
 import argparse
 
-from diffit.cli.evaluate import add_backend_flags
+from diffit.cli.evaluate import add_backend_flags, positive
 from diffit.cli.run import one_sentence
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.reference import make_reference, open_source
@@ -28,10 +28,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", help="folder, .zip, .npz or torchvision:NAME")
     parser.add_argument("out", type=Path, help="the reference file to write")
     parser.add_argument(
-        "--image_size", type=int, default=0, help="centre crop and resize to this side, as ADM does for ImageNet"
+        "--image_size", type=positive, default=0, help="centre crop and resize to this side, as ADM does for ImageNet"
     )
     parser.add_argument("--padding", type=int, default=0, help="black pixels to add on every side (default: 0)")
-    parser.add_argument("--num_images", type=int, default=10_000, help="images to store (default: 10000)")
+    parser.add_argument("--num_images", type=positive, default=10_000, help="images to store (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these images (default: 0)")
     parser.add_argument("--data_root", default="data", help="where torchvision keeps its data sets (default: data)")
     add_backend_flags(parser)

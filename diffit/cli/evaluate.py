@@ -50,6 +50,13 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
 def add_backend_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that choose features."""
     parser.add_argument("--backend", choices=("torch", "tensorflow"), help="of Inception (default: torch)")
@@ -58,7 +65,7 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
         "--features", metavar="MODULE:FILE", help="a classifier instead of Inception, see docs/evaluate.md"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--batch_size", type=positive, default=64, help="images at a time (default: 64)")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -95,7 +102,8 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     features = args.features if real else fashion.FEATURES
     kind, device = args.backend or "torch", resolve_device(args.device)
     backend = main_first(world, lambda: create_backend(kind, args.weights, features, device))
-    manifold, test, (first, end) = file.count > 3, None, share(file.count)  # precision takes 3 nearest neighbours
+    manifold = file.count > 3 and (real is None or real.count > 0)  # precision takes 3 nearest neighbours
+    test, (first, end) = None, share(file.count)
     with warnings.catch_warnings(record=True) as caught:  # for the bundled reference _inspect has said the same
         warnings.simplefilter("always" if real else "ignore", SingularCovarianceWarning)
         if real is None:
@@ -103,6 +111,11 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
             test = fashion.score_test_images(file.count, reference, backend, manifold)
         else:
             reference = load_reference(real, backend, manifold, args.batch_size, progress=True)
+            size = backend(next(file.batches(1))).pool.shape[1]
+            if size != len(reference.mean):
+                raise ValueError(
+                    f"{real.path} holds moments of {len(reference.mean)} features, {backend.name} has {size}"
+                )
         batches, labels = file.batches(args.batch_size, first, end), None if real else class_labels(file)
         scores = score_images(batches, reference, backend, manifold, end - first, labels)
     adm = {"precision_fp16": scores.precision, "recall_fp16": scores.recall}
@@ -118,7 +131,8 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
                 f"{data}ADM's scores in the features of a classifier, which compare with no scores in other features"
             )
         print(f"protocol: {protocol}", f"features: {backend.name} on {device}", *reference.origin, sep="\n")
-        print(*_lines(scores, test), sep="\n")
+        needs = NEEDS if real is None or real.count else {k: v and "a reference that holds images" for k, v in NEEDS.items()}
+        print(*_lines(scores, test, needs), sep="\n")
         if args.json:
             about: dict[str, object] = {"protocol": protocol, "features": backend.name, "origin": reference.origin}
             about |= {"reference": str(real.path if real else fashion.REFERENCE), "samples": str(file.path)}
@@ -162,8 +176,8 @@ def _exact(scores: Scores) -> Scores:
     return replace(scores, precision=scores.precision_exact, recall=scores.recall_exact)
 
 
-def _lines(scores: Scores, test: Scores | None) -> list[str]:
-    """The scores, each with that of real test images beside it."""
+def _lines(scores: Scores, test: Scores | None, needs: dict[str, str]) -> list[str]:
+    """The scores, each with that of real test images beside it, or with what it needs."""
     lines = []
     for field, label in LABELS.items():
         value, real = getattr(scores, field), getattr(test, field, None)
@@ -171,8 +185,8 @@ def _lines(scores: Scores, test: Scores | None) -> list[str]:
             lines.append(f"{label}: {value:.4f}  ({test.count} real test images: {real:.4f})")
         elif value is not None:
             lines.append(f"{label}: {value}")
-        elif NEEDS[field]:
-            lines.append(f"{label}: not defined, it needs {NEEDS[field]}")
+        elif needs[field]:
+            lines.append(f"{label}: not defined, it needs {needs[field]}")
     return lines
 
 
@@ -181,7 +195,8 @@ def _inspect(reference: ImageSource | None, samples: ImageSource) -> list[str]:
     print(f"reference: {reference.path if reference else fashion.REFERENCE}\nsamples: {samples.path}")
     if reference:
         found = check_pair(reference, samples)
-        check_images(reference)
+        if reference.count:
+            check_images(reference)
     else:
         found = [
             f"{samples.count} samples: FID is biased upwards, more the fewer there are, and the other scores depend on "

@@ -40,7 +40,7 @@ MODES = {1: "L", 3: "RGB"}  # by number of channels, as Pillow calls them
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _TRAIN, _HELD_OUT = frozenset({"train", "training"}), frozenset({"val", "valid", "validation", "test", "testing"})
 _EDM_LABELS = "dataset.json"  # as EDM's dataset_tool writes it
-_MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and would make a table of names that fills the memory
+MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and would make a table of names that fills the memory
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _edm_labels(root: Path, entry: str, archive: dict[str, zipfile.ZipInfo] | No
     except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{root}/{entry} holds no list of file names and labels ({first_line(error)})") from error
     for name, label in labels.items():
-        if type(label) is not int or not 0 <= label < _MOST_CLASSES:
+        if type(label) is not int or not 0 <= label < MOST_CLASSES:
             raise ValueError(f"{root}/{entry} gives {name} the label {label}: labels must be class numbers from 0")
     return labels
 

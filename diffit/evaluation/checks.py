@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from diffit.data.files import MOST_CLASSES
 from diffit.evaluation.reader import ImageSource
 
 PUBLISHED_COUNT = 50_000
@@ -25,7 +26,7 @@ def check_pair(reference: ImageSource, samples: ImageSource) -> list[str]:
             f"the arguments are swapped: {samples.path} holds the statistics of a reference and {reference.path} does "
             "not; the order is REFERENCE SAMPLES"
         )
-    for file in (reference, samples):
+    for file in (reference, samples) if reference.count else (samples,):
         if file.count < 4:
             raise ValueError(f"{file.path} holds {file.count} images: at least 4 are needed (3 nearest neighbours)")
     found = []
@@ -34,7 +35,7 @@ def check_pair(reference: ImageSource, samples: ImageSource) -> list[str]:
             f"{samples.count} samples instead of {PUBLISHED_COUNT}: FID and sFID are biased, higher the fewer samples "
             "there are, and the Inception Score is lower; compare only with scores of the same count"
         )
-    if samples.image_shape != reference.image_shape:
+    if reference.count and samples.image_shape != reference.image_shape:
         shapes = ["x".join(map(str, file.image_shape)) for file in (samples, reference)]
         found.append(f"samples are {shapes[0]} and reference images are {shapes[1]}: is this the right reference?")
     return found
@@ -63,7 +64,7 @@ def class_labels(file: ImageSource) -> NDArray[np.integer] | None:
     labels = file.array("arr_1")
     if labels is None or labels.shape != (file.count,) or not np.issubdtype(labels.dtype, np.integer):
         return None
-    return labels if labels.min() >= 0 else None
+    return labels if labels.min() >= 0 and labels.max() < MOST_CLASSES else None
 
 
 def check_labels(file: ImageSource) -> tuple[str, list[str]]:

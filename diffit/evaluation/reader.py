@@ -28,6 +28,8 @@ Images = NDArray[np.uint8]
 class ImageFile:
     """One .npz with images: its header is read at once, its images when they are asked for.
 
+    A reference may hold statistics and no images: then N is 0.
+
     Attributes:
         count, image_shape: N and (H, W, C).
         keys: names of all arrays in the file.
@@ -45,6 +47,9 @@ class ImageFile:
             raise ValueError(f"{self.path} is an empty file: it was never written; make or download it again")
         with self._damage_named(), zipfile.ZipFile(self.path) as archive:
             self.keys = tuple(name.removesuffix(".npy") for name in archive.namelist())
+        self.count, self.image_shape = 0, (0, 0, 0)
+        if set(self.keys) >= {"mu", "sigma"} and "arr_0" not in self.keys:
+            return
         if "arr_0" not in self.keys:
             found = ", ".join(self.keys[:5]) + ", ..." * (len(self.keys) > 5) or "nothing"
             raise ValueError(
@@ -52,14 +57,13 @@ class ImageFile:
             )
         with self._open() as (_, shape, dtype):
             if len(shape) != 4 or shape[-1] not in (1, 3):
+                advice = "; transpose them by (0, 2, 3, 1)" if len(shape) == 4 and shape[1] in (1, 3) else ""
                 raise ValueError(
                     f"{self.path}: arr_0 has shape {[*shape]}, but images [N, H, W, C] with 1 or 3 channels are needed"
+                    f"{advice}"
                 )
             if dtype != np.uint8:
-                raise ValueError(
-                    f"{self.path}: arr_0 holds {dtype} images{self._range()}, but uint8 in 0..255 is needed; convert "
-                    "them as the sampler does, ((x + 1) * 127.5) clamped to 0..255, if they are in -1..1"
-                )
+                raise ValueError(f"{self.path}: arr_0 holds {dtype} images{self._range()}")
             if 0 in shape:
                 raise ValueError(f"{self.path}: arr_0 is empty, shape {[*shape]}")
             self.count, self.image_shape = shape[0], shape[1:]
@@ -110,16 +114,25 @@ class ImageFile:
             raise ValueError(f"{self.path} is not a whole .npz file ({error}): make or download it again") from error
 
     def _range(self) -> str:
-        """The values of the first images of another type, in words."""
+        """The values of the first images of another type, in words, and how to convert them."""
         with self._open() as (stream, shape, dtype):
             count = min(16, shape[0])
-            if dtype.hasobject or not count:
-                return ""
+            if not count or dtype.kind not in "biuf":
+                return ", but uint8 in 0..255 is needed"
             values = np.frombuffer(stream.read(count * int(np.prod(shape[1:])) * dtype.itemsize), dtype)
         bad = int((~np.isfinite(values)).sum())
         finite = values[np.isfinite(values)]
-        span = f" between {finite.min():g} and {finite.max():g}" if len(finite) else ""
-        return f"{span}{f', {bad} of the first {len(values)} values NaN or infinite,' if bad else ''}"
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+        if high <= 1:
+            formula = "(x + 1) * 127.5" if low < 0 else "x * 255"
+            advice = f"convert them by ({formula}).round().clip(0, 255).astype(np.uint8)"
+        elif low >= 0 and high <= 255:
+            advice = "convert them by x.round().astype(np.uint8)"
+        else:
+            advice = "bring them to 0..255, and convert them by x.round().astype(np.uint8)"
+        span = f" between {low:g} and {high:g}" if len(finite) else ""
+        damage = f", {bad} of the first {len(values)} values NaN or infinite," if bad else ""
+        return f"{span}{damage}, but uint8 in 0..255 is needed; {advice}"
 
 
 @dataclass(frozen=True)

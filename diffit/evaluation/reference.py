@@ -79,6 +79,8 @@ def make_reference(
 
     Returns the shape of what is stored, [M, H, W, C].
     """
+    if not source.count:
+        raise ValueError(f"{source.path} holds statistics and no images: name the images themselves")
     stored = np.sort(np.random.default_rng(seed).permutation(source.count)[:num_images])
     height, width, channels = source.image_shape
     sides = (image_size or side for side in (height, width))

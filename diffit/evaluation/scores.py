@@ -197,9 +197,14 @@ def load_reference(
         for score, names in _STORED.items():
             mean, covariance = (file.array(name) for name in names)
             if mean is not None and covariance is not None:
+                if covariance.shape != mean.shape * 2 or not np.isfinite(mean.sum() + covariance.sum()):
+                    raise ValueError(f"{file.path}: {names[0]} and {names[1]} are damaged or do not fit: make it again")
                 stored[score] = mean.astype(np.float64), covariance.astype(np.float64)
     found: Collected | None = None
-    if manifold or "FID" not in stored or ("sFID" not in stored and backend.name == INCEPTION):
+    if not file.count:
+        if "FID" not in stored:
+            raise ValueError(f"{file.path} holds statistics of other features and no images: make a reference anew")
+    elif manifold or "FID" not in stored or ("sFID" not in stored and backend.name == INCEPTION):
         start, stop = share(file.count)
         batches = file.batches(batch_size, start, stop)
         found = collect(batches, backend, stop - start if progress else None, "reference features")

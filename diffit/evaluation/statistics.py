@@ -78,8 +78,25 @@ class Moments:
 
 
 def _square_root(sigma: Floats, name: str) -> Floats:
-    """A factor L [D, rank] with L Lᵀ = sigma: Cholesky with pivots, which stops at the numerical rank."""
+    """A factor L [D, rank] with L Lᵀ = sigma: Cholesky with pivots, which stops at the numerical rank.
+
+    Raises:
+        ValueError: if it is no covariance, not even one that was rounded.
+    """
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+    values = scipy.linalg.eigvalsh(sigma) if rank < len(sigma) else np.ones(1)  # in ascending order
+    if abs(sigma - sigma.T).max() > 1e-3 * abs(sigma).max() or values[0] < -1e-3 * abs(values[-1]):
+        raise ValueError(
+            f"the covariance of the {name} is not symmetric and positive: its file is damaged, make it again"
+        )
+    if values[0] < -1e-6 * values[-1]:
+        warnings.warn(
+            f"the covariance of the {name} has negative eigenvalues, as after rounding to 16 bits: they are taken as 0",
+            SingularCovarianceWarning,
+            stacklevel=2,
+        )
+        values, vectors = scipy.linalg.eigh(sigma)
+        return vectors * np.sqrt(values.clip(min=0))
     if rank < len(sigma):
         warnings.warn(
             f"the covariance of the {name} has rank {rank} of {len(sigma)}: with fewer samples than features (or with "
@@ -104,7 +121,7 @@ def frechet_distance(
     mu: [D]; sigma: [D, D]; names are for the warning about a singular covariance.
 
     Raises:
-        ValueError: if the shapes do not fit, or a number is not finite.
+        ValueError: if the shapes do not fit, a number is not finite, or a covariance is none.
     """
     m1, s1, m2, s2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
     d = len(m1)
@@ -118,12 +135,14 @@ def frechet_distance(
     # With S = L Lᵀ the product S1 S2 shares its non-zero eigenvalues with M Mᵀ, M = L1ᵀ L2. The factors have as many
     # columns as their covariance has rank, and of M Mᵀ and MᵀM the smaller one is taken; so there are no eigenvalues
     # that are zero but for rounding, whose square roots would be far from zero.
-    product = _square_root(s1, names[0]).T @ _square_root(s2, names[1])
+    roots = [_square_root(sigma, name) for sigma, name in ((s1, names[0]), (s2, names[1]))]
+    product = roots[0].T @ roots[1]
     if product.shape[0] > product.shape[1]:
         product = product.T
     trace_of_root = float(np.sqrt(scipy.linalg.eigvalsh(product @ product.T).clip(min=0)).sum())
     shift = m1 - m2
-    return float(shift @ shift + np.trace(s1) + np.trace(s2) - 2 * trace_of_root)
+    traces = np.trace(s1) + np.trace(s2)
+    return max(0.0, float(shift @ shift + traces - 2 * trace_of_root))  # below 0 by rounding alone
 
 
 def inception_score(probabilities: Any, split_size: int = 5000) -> float:

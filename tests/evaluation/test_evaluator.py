@@ -128,6 +128,74 @@ def test_errors_are_one_sentence(files, tmp_path, monkeypatch, capsys):
     assert "weights x.pb do not exist" in error_of(capsys, reference, samples, "--weights", "x.pb", "--device", "cpu")
 
 
+@pytest.mark.filterwarnings("ignore::diffit.evaluation.statistics.SingularCovarianceWarning")
+def test_a_reference_of_moments_alone_gives_fid(files, tmp_path, expected, pictures, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    backend = create_backend(features=CLASSIFIER)
+    pool = backend(pictures[:100]).pool.astype(float)
+    moments = {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False), "features": np.array(backend.name)}
+    path, report = tmp_path / "stats.npz", tmp_path / "scores.json"
+    np.savez(path, **moments)
+    assert evaluator_main([str(path), str(files[1]), *FEATURES, "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    for score in ("sFID", "Precision", "Recall"):
+        assert f"{score}: not defined, it needs a reference that holds images" in out
+    found = json.loads(report.read_text())
+    assert found["fid"] == pytest.approx(expected["fid"], rel=1e-6)
+    assert (found["precision"], found["recall_exact"], found["sfid"]) == (None, None, None)
+    for wrong, message in (
+        ({"features": np.array("others")}, "statistics of other features and no images"),
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, "moments of 5 features, "),
+        ({"mu": np.full(128, np.nan)}, "mu and sigma are damaged or do not fit"),
+        ({"mu": np.zeros(7)}, "mu and sigma are damaged or do not fit"),
+    ):
+        np.savez(path, **moments | wrong)
+        assert message in error_of(capsys, path, files[1], *FEATURES)
+    assert "holds 0 images" in error_of(capsys, path, path, *FEATURES)
+    assert make_reference([str(path), str(tmp_path / "out.npz"), *FEATURES]) == 2
+    assert "holds statistics and no images" in capsys.readouterr().err
+
+
+def test_a_folder_and_a_zip_score_as_the_npz(files, tmp_path, pictures, monkeypatch, capsys):
+    from PIL import Image
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "png").mkdir()
+    for number, image in enumerate(pictures[100:]):
+        Image.fromarray(image[..., 0]).save(tmp_path / "png" / f"{number:03d}.png")
+    with zipfile.ZipFile(tmp_path / "png.zip", "w") as archive:
+        for path in (tmp_path / "png").iterdir():
+            archive.write(path, path.name)
+    scores = []
+    for samples in (files[1], tmp_path / "png", tmp_path / "png.zip"):
+        report = tmp_path / "scores.json"
+        assert evaluator_main([str(files[0]), str(samples), *FEATURES, "--json", str(report)]) == 0
+        found = json.loads(report.read_text())
+        scores.append({name: found[name] for name in ("fid", "inception_score", "precision", "recall", "count")})
+    assert scores[0] == scores[1] == scores[2]
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "x", "1.5"])
+def test_a_batch_size_that_cannot_be(files, value, capsys):
+    with pytest.raises(SystemExit):
+        evaluator_main([*map(str, files), "--batch_size", value])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_json_that_cannot_be_written_is_said_first_or_costs_no_scores(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert "a folder stands there" in error_of(capsys, *files, *FEATURES, "--json", tmp_path)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffit.cli.evaluate.write_atomically", full)
+    assert evaluator_main([*map(str, files), *FEATURES, "--json", str(tmp_path / "a.json")]) == 2
+    printed = capsys.readouterr()
+    assert "\nFID: " in printed.out
+    assert "a.json (No space left on device): free some space" in printed.err
+
+
 def test_found_without_arguments(tmp_path, pictures, monkeypatch, capsys):
     """The newest samples; there is no public reference for 32 pixels, and none is reachable for 256."""
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,8 @@ from diffit.evaluation.checks import check_images, check_labels, check_pair
 from diffit.evaluation.features import to_rgb
 from diffit.evaluation.reader import ImageFile
 
+RAMP = np.linspace(0, 1, 960).reshape(5, 8, 8, 3)
+
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_batches_are_the_images(tmp_path, pictures, save):
@@ -50,6 +52,14 @@ def test_grey_becomes_colour(pictures):
         ({"arr_0": np.linspace(-1, 1, 960, dtype=np.float32).reshape(5, 8, 8, 3)}, "float32 images between -1 and 1"),
         ({"arr_0": np.full((5, 8, 8, 3), np.nan)}, "float64 images, 960 of the first 960 values NaN"),
         ({"arr_0": np.array([{}] * 4)}, "shape"),
+        ({"arr_0": np.zeros((5, 3, 8, 8), np.uint8)}, r"transpose them by \(0, 2, 3, 1\)"),
+        ({"arr_0": RAMP * 2 - 1}, r"convert them by \(\(x \+ 1\) \* 127\.5\)\.round"),
+        ({"arr_0": RAMP}, r"between 0 and 1, .*convert them by \(x \* 255\)\.round"),
+        ({"arr_0": RAMP * 255}, r"between 0 and 255, .*convert them by x\.round\(\)"),
+        ({"arr_0": (RAMP * 255).astype(np.int64)}, r"int64 images between 0 and 255, .*by x\.round\(\)\.astype"),
+        ({"arr_0": RAMP * 65535}, r"bring them to 0\.\.255"),
+        ({"arr_0": RAMP > 0.5}, r"bool images between 0 and 1, .*x \* 255"),
+        ({f"a{number}": np.zeros(1) for number in range(9)}, r"it holds a0, a1, a2, a3, a4, \.\.\.\)"),
     ],
 )
 def test_wrong_arrays(tmp_path, arrays, message):
@@ -106,6 +116,7 @@ def test_labels(tmp_path, pictures):
     assert "8 of 10 classes have none" in labels_of(even // 5 * 9)[1]
     assert "not one label per image" in labels_of(even[:-1])[1]
     assert "not class numbers" in labels_of(even / 2)[1]
+    assert "not class numbers" in labels_of(even + 10**12)[1]  # a table of counts would take 7 TiB
     assert check_labels(save(path, arr_0=pictures)) == ("none stored", [])
 
 

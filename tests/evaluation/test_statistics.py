@@ -126,3 +126,30 @@ def test_inception_score_of_certain_and_uniform_predictions():
 
 def test_accuracy_of_known_predictions():
     assert accuracy([[0.1, 0.9], [0.6, 0.4], [0.5, 0.5], [0.2, 0.8]], [1, 1, 0, 1]) == 0.75
+
+
+@pytest.mark.filterwarnings("ignore::diffit.evaluation.statistics.SingularCovarianceWarning")
+def test_a_distance_is_never_negative():
+    random = np.random.default_rng(0)
+    for rank in (3, 20, 200):
+        features = random.standard_normal((rank, 64)) * 10 ** random.uniform(-2, 2, 64)
+        mean, covariance = features.mean(0), np.cov(features, rowvar=False)
+        distance = frechet_distance(mean, covariance, mean, covariance)
+        assert 0 <= distance < 1e-9 * np.trace(covariance)
+
+
+def test_a_covariance_that_was_rounded_is_repaired_and_another_refused():
+    features = np.random.default_rng(0).standard_normal((300, 64)) * np.logspace(0, -4, 64)
+    mixing = np.linalg.qr(np.random.default_rng(1).standard_normal((64, 64)))[0]
+    features = features @ mixing
+    mean, covariance = features.mean(0), np.cov(features, rowvar=False)
+    rounded = covariance.astype(np.float16).astype(float)
+    assert np.linalg.eigvalsh(rounded)[0] < 0
+    with pytest.warns(SingularCovarianceWarning, match="negative eigenvalues, as after rounding"):
+        distance = frechet_distance(mean, rounded, mean, covariance)
+    assert 0 <= distance < 1e-3 * np.trace(covariance)
+    skewed = covariance.copy()
+    skewed[0, 1] += 0.1
+    for wrong in (covariance - 0.1 * np.eye(64), -covariance, skewed):
+        with pytest.raises(ValueError, match="covariance of the second set is not symmetric and positive"):
+            frechet_distance(mean, covariance, mean, wrong)
