@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -189,7 +190,8 @@ def decode_ahead(
 def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[Unreadable]:
     """Decode all images once, and list those that cannot be.
 
-    Files that could be decoded are remembered in `folder`, by name, size and time, and not looked at again.
+    Files that could be decoded are remembered in `folder`, by name, size and time, once a minute and at the end, and
+    not looked at again.
     """
     if isinstance(images.source, ImageArrays):
         return []
@@ -198,15 +200,22 @@ def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[
         known = np.load(memory)
     except (OSError, ValueError):  # none yet, or damaged: look again
         known = np.empty(0, np.uint64)
-    fresh = np.flatnonzero(~np.isin(stamps, known)).tolist()
+    good = np.isin(stamps, known)
+    fresh = np.flatnonzero(~good).tolist()
     batches = [fresh[first : first + 64] for first in range(0, len(fresh), 64)]
     found: list[Unreadable] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = time.monotonic()
     with tqdm(total=len(fresh), desc="checking images", unit="img", disable=not fresh) as bar:
         for batch, (_, unreadable) in zip(batches, decode_ahead(images, batches, workers), strict=True):
             found += unreadable
+            good[batch] = True
+            good[[image.index for image in unreadable]] = False
             bar.update(len(batch))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(memory, npy_bytes(np.delete(stamps, [image.index for image in found])))
+            if time.monotonic() - saved > 60:
+                write_atomically(memory, npy_bytes(stamps[good]))
+                saved = time.monotonic()
+    write_atomically(memory, npy_bytes(stamps[good]))
     return found
 
 

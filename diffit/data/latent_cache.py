@@ -15,7 +15,7 @@ Letters: N images of the set, n of a shard, F flips (1 or 2), c latent channels,
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,6 @@ class LatentCache:
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     shards: tuple[Shard, ...]
-    _maps: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_maps": {}}  # a worker maps the files itself
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,32 +114,25 @@ class LatentCache:
         return tuple(image for shard in self.shards for image in shard.unreadable)
 
     def moments(self, index: int, flip: bool = False) -> Tensor:
-        """Of an image, or of its mirror image: float16 [2c, h, w], in the memory of the file."""
-        ends = self._ends
-        number = int(np.searchsorted(ends, index, side="right"))
-        return self._map(number)[index - int(ends[number]), int(flip)]
+        """Of an image, or of its mirror image: float16 [2c, h, w]; only they are read.
+
+        The file is not mapped: a map that PyTorch makes counts as the process's own memory, and one of NumPy's keeps
+        the file open, while there may be more shards than a process may open files.
+        """
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard, flips, size = self.shards[number], self.settings.flips, int(np.prod(self.shape))
+        row = (index - int(self._ends[number])) * flips + int(flip)  # counted from the end, so below 0
+        values = np.fromfile(self.folder / shard.file, np.float16, size, offset=shard.bytes + row * size * 2)
+        return torch.from_numpy(values).view(self.shape)
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
-        """The number of the image that follows each shard; a negative index then counts from the shard's end."""
+        """The number of the image that follows each shard."""
         return np.cumsum([shard.count for shard in self.shards])
 
     def load(self) -> Tensor:
         """All moments, float16 [N, F, 2c, h, w]."""
-        return torch.cat([self._map(number) for number in range(len(self.shards))])
-
-    def _map(self, number: int) -> Tensor:
-        """A shard [n, F, 2c, h, w] in the file's own memory, mapped by PyTorch, which keeps no file open.
-
-        There may be thousands of shards, more than a process may open files.
-        """
-        if number not in self._maps:
-            shard = self.shards[number]
-            path = self.folder / shard.file
-            everything = torch.from_file(str(path), shared=False, size=path.stat().st_size // 2, dtype=torch.float16)
-            shape = (shard.count, self.settings.flips, *self.shape)
-            self._maps[number] = everything[len(everything) - int(np.prod(shape)) :].view(shape)  # behind the header
-        return self._maps[number]
+        return torch.cat([torch.from_numpy(np.load(self.folder / shard.file)) for shard in self.shards if shard.count])
 
     def verify(self) -> None:
         """Read every shard and compare its checksum.

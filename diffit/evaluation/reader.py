@@ -131,7 +131,7 @@ class ImageFile:
         else:
             advice = "bring them to 0..255, and convert them by x.round().astype(np.uint8)"
         span = f" between {low:g} and {high:g}" if len(finite) else ""
-        damage = f", {bad} of the first {len(values)} values NaN or infinite," if bad else ""
+        damage = f", {bad} of the first {len(values)} values NaN or infinite" if bad else ""
         return f"{span}{damage}, but uint8 in 0..255 is needed; {advice}"
 
 
