@@ -17,6 +17,7 @@ import struct
 import sys
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,34 +39,29 @@ _NAMES = "apng avif bmp gif heic heif j2k jfif jp2 jpe jpeg jpf jpg jpx jxl pbm 
 SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 MODES = {1: "L", 3: "RGB"}  # by number of channels, as Pillow calls them
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
-_TRAIN, _HELD_OUT = frozenset({"train", "training"}), frozenset({"val", "valid", "validation", "test", "testing"})
+TRAIN, HELD_OUT = frozenset({"train", "training"}), frozenset({"val", "valid", "validation", "test", "testing"})
 _EDM_LABELS = "dataset.json"  # as EDM's dataset_tool writes it
 MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and would make a table of names that fills the memory
 
 
 @dataclass(frozen=True)
-class ImageFiles:
-    """The pictures under a folder or in a ZIP.
+class Pictures(ABC):
+    """Pictures at their own sizes, each opened when it is asked for.
 
     Args:
-        root: the folder or the ZIP.
-        names: of the picture files, relative to root, sorted, [N].
+        root: the folder or file that holds them.
         labels: int64 [N]; all 0 without classes.
         class_names: name of each class number; empty without classes.
         ignored: how many other files are there, by suffix.
-        members: int64 [N, 4], where a ZIP holds each picture: offset, compressed size, CRC-32, method; None for a
-            folder. Workers share it, as opening a ZIP of a million files takes each of them a gigabyte and seconds.
     """
 
     root: Path
-    names: tuple[str, ...]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     ignored: Counter[str]
-    members: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.labels)
 
     def __str__(self) -> str:
         """One line: how many pictures, in which classes, and what was left out."""
@@ -74,12 +70,25 @@ class ImageFiles:
         left_out = f"; left out: {_counts(self.ignored)}" if self.ignored else ""
         return printable(f"images in {self.root}: {len(self)}; {classes}{left_out}")
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        return f"{self.root}/{self.names[index]}"
+        """What errors call a picture."""
+
+    @abstractmethod
+    def open(self, index: int) -> IO[bytes]:
+        """The file of a picture."""
+
+    @abstractmethod
+    def states(self) -> Iterable[str]:
+        """A text for each picture that changes with its name and content; [N]."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of the names; the contents are not read."""
 
     def picture(self, index: int) -> Image.Image:
         """Picture `index`, decoded; the first of an animation. Raises whatever the decoder raises if it cannot be."""
-        with self._open(index) as file:
+        with self.open(index) as file:
             picture = _identify(file)
             picture.load()
         return picture
@@ -88,7 +97,7 @@ class ImageFiles:
         """3 if any picture has colours, by its header alone; else 1."""
         for index in range(len(self)):
             try:
-                with self._open(index) as file:
+                with self.open(index) as file:
                     if not is_grey(_identify(file)):
                         return 3
             except Exception:  # whoever decodes it names it
@@ -96,22 +105,39 @@ class ImageFiles:
         return 1
 
     def stamps(self) -> NDArray[np.uint64]:
-        """A number for each picture's file that changes with its name, size or time; in a ZIP with its checksum."""
-        if self.members is None:
-            states: Iterable[object] = (_size_and_time(self.root / name) for name in self.names)
-        else:
-            states = self.members[:, 2].tolist()
-        texts = (os.fsencode(f"{name} {state}") for name, state in zip(self.names, states, strict=True))
-        return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
+        """The states as one number each, [N]."""
+        digests = (hashlib.blake2b(os.fsencode(state), digest_size=8).digest() for state in self.states())
+        return np.frombuffer(b"".join(digests), np.uint64)
 
-    def fingerprint(self) -> str:
-        """Of the names; the contents are not read."""
-        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
 
-    def _open(self, index: int) -> IO[bytes]:
+@dataclass(frozen=True)
+class ImageFiles(Pictures):
+    """The picture files under a folder or in a ZIP.
+
+    Args:
+        names: of the files, relative to root, sorted, [N].
+        members: int64 [N, 4], where a ZIP holds each picture: offset, compressed size, CRC-32, method; None for a
+            folder. Workers share it, as opening a ZIP of a million files takes each of them a gigabyte and seconds.
+    """
+
+    names: tuple[str, ...]
+    members: NDArray[np.int64] | None = None
+
+    def name(self, index: int) -> str:
+        return f"{self.root}/{self.names[index]}"
+
+    def open(self, index: int) -> IO[bytes]:
         if self.members is None:
             return open(self.root / self.names[index], "rb")
         return io.BytesIO(_read_member(self.root, *self.members[index].tolist()))
+
+    def states(self) -> Iterable[str]:
+        if self.members is None:
+            return (f"{name} {size_and_time(self.root / name)}" for name in self.names)
+        return (f"{name} {crc}" for name, crc in zip(self.names, self.members[:, 2].tolist(), strict=True))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
 
 
 def _identify(file: IO[bytes]) -> Image.Image:
@@ -142,7 +168,7 @@ def _read_member(path: Path, offset: int, size: int, crc: int, method: int) -> b
     return data
 
 
-def _size_and_time(path: Path) -> str:
+def size_and_time(path: Path) -> str:
     try:
         status = os.stat(path)
     except OSError:  # a link to nothing: whoever decodes it names it
@@ -150,8 +176,8 @@ def _size_and_time(path: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def image_files(path: str | Path) -> ImageFiles:
-    """The pictures of a folder or ZIP, sorted; each subfolder is a class, with all that lies under it.
+def image_files(path: str | Path) -> Pictures:
+    """The pictures of a folder, ZIP or Parquet files, sorted; each subfolder is a class, with all that lies under it.
 
     A folder that holds nothing but one folder of folders stands for that one; beside val or test, train is taken. Where
     EDM's dataset_tool wrote a dataset.json, the labels are in it and folders mean nothing. Rank 0 prints what is there.
@@ -163,6 +189,8 @@ def image_files(path: str | Path) -> ImageFiles:
     root = Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"there are no images at {root}: check the path")
+    if root.suffix.lower() == ".parquet" and root.is_file():
+        return _announced(_parquet_images(root.parent, [root.name], Counter()))
     archive = None if root.is_dir() else _archive(root)
     entries = sorted(_walk(root) if archive is None else archive)
     suffixes = {entry: os.path.splitext(entry)[1].lower() for entry in entries if not entry.endswith("/")}
@@ -177,6 +205,9 @@ def image_files(path: str | Path) -> ImageFiles:
                 del suffixes[f"{prefix}{_EDM_LABELS}"]
     names = tuple(entry for entry, suffix in suffixes.items() if suffix in SUFFIXES and entry.startswith(top))
     ignored = Counter(s for entry, s in suffixes.items() if s not in SUFFIXES and entry.startswith(top))
+    if ignored[".parquet"] and not names and archive is None:
+        tables = [entry for entry, suffix in suffixes.items() if suffix == ".parquet"]
+        return _announced(_parquet_images(root, tables, ignored - Counter({".parquet": len(tables)})))
     if not names:
         others = f" (only {_counts(ignored)})" if ignored else ""
         raise ValueError(f"{root} holds no images{others}: name a folder or a ZIP of images")
@@ -185,10 +216,19 @@ def image_files(path: str | Path) -> ImageFiles:
     else:
         class_names, labels = _edm_classes(f"{root}/{top}{_EDM_LABELS}", [n[len(top) :] for n in names], edm_labels)
     members = None if archive is None else _locations(root, [archive[name] for name in names])
-    files = ImageFiles(root, names, labels, class_names, ignored, members)
+    return _announced(ImageFiles(root, labels, class_names, ignored, names, members))
+
+
+def _announced(pictures: Pictures) -> Pictures:
     if detect_world().is_main:
-        print(files)
-    return files
+        print(pictures)
+    return pictures
+
+
+def _parquet_images(root: Path, files: Sequence[str], ignored: Counter[str]) -> Pictures:
+    from diffit.data.parquet import parquet_images  # which is a kind of what is here
+
+    return parquet_images(root, files, ignored)
 
 
 def _counts(ignored: Counter[str]) -> str:
@@ -314,8 +354,8 @@ def _top(root: Path, names: list[str]) -> str:
     while True:
         below = [name[len(top) :] for name in names if name.startswith(top)]
         folders = {_class_of(name) for name in below}
-        if len(folders) > 1 and all(name.lower() in _TRAIN | _HELD_OUT for name in folders):
-            training = [name for name in folders if name.lower() in _TRAIN]
+        if len(folders) > 1 and all(name.lower() in TRAIN | HELD_OUT for name in folders):
+            training = [name for name in folders if name.lower() in TRAIN]
             if len(training) != 1:
                 raise ValueError(f"{root / top} holds the splits {', '.join(sorted(folders))}: name the one to read")
             top += f"{training[0]}/"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.data.files import ImageFiles, image_files, is_grey, square_pixels
+from diffit.data.files import Pictures, image_files, is_grey, square_pixels
 from diffit.system.files import first_line
 
 Images = NDArray[np.uint8]
@@ -167,10 +167,10 @@ class PictureFiles:
         ValueError: (also from `batches`) if a picture cannot be read, or is of another size than the first.
     """
 
-    def __init__(self, path: Path, source: ImageFiles | ListedImages, image_size: int = 0) -> None:
+    def __init__(self, path: Path, source: Pictures | ListedImages, image_size: int = 0) -> None:
         self.path, self.count, self._source, self._size = path, len(source), source, image_size or None
         self._channels = source.channels()
-        self._labels = source.labels if isinstance(source, ImageFiles) and source.class_names else None
+        self._labels = source.labels if isinstance(source, Pictures) and source.class_names else None
         self.keys = ("arr_0",) if self._labels is None else ("arr_0", "arr_1")
         self.image_shape = self._image(0).shape
 
@@ -204,12 +204,12 @@ ImageSource = ImageFile | PictureFiles
 
 
 def open_images(path: str | Path, image_size: int = 0) -> ImageSource:
-    """The images of an .npz, or of a folder or ZIP of pictures (then of that size, 0: as they are).
+    """The images of an .npz, or of a folder, ZIP or Parquet file of pictures (then of that size, 0: as they are).
 
     Raises:
         FileNotFoundError, ValueError: see `ImageFile` and `diffit.data.files.image_files`.
     """
     path = Path(path).expanduser()
-    if path.is_dir() or path.suffix.lower() == ".zip":
+    if path.is_dir() or path.suffix.lower() in (".zip", ".parquet"):
         return PictureFiles(path, image_files(path), image_size)
     return ImageFile(path)
