@@ -131,7 +131,11 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
                 f"{data}ADM's scores in the features of a classifier, which compare with no scores in other features"
             )
         print(f"protocol: {protocol}", f"features: {backend.name} on {device}", *reference.origin, sep="\n")
-        needs = NEEDS if real is None or real.count else {k: v and "a reference that holds images" for k, v in NEEDS.items()}
+        needs = (
+            NEEDS
+            if real is None or real.count
+            else {k: v and "a reference that holds images" for k, v in NEEDS.items()}
+        )
         print(*_lines(scores, test, needs), sep="\n")
         if args.json:
             about: dict[str, object] = {"protocol": protocol, "features": backend.name, "origin": reference.origin}

@@ -72,8 +72,8 @@ class ParquetImages(Pictures):
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if size > memory // 2:
             raise ValueError(
-                f"{self.root} holds {size / 1e9:.3g} GB of Parquet, too much for pixels in {memory / 1e9:.3g} GB of memory"
-                ": unpack it to a folder, or train on latents"
+                f"{self.root} holds {size / 1e9:.3g} GB of Parquet, too much for pixels in {memory / 1e9:.3g} GB of "
+                "memory: unpack it to a folder, or train on latents"
             )
         return replace(self, loaded=tuple(_read_group(self.root / f, n, self.column) for f, n in self.groups))
 
