@@ -24,7 +24,7 @@ EXCEPTIONS = {
     ("diffit/training/checkpointing.py", "_write_state"): "into a folder that is synced and renamed when whole",
     ("diffit/training/checkpointing.py", "_save_whole"): "into that folder",
     ("diffit/training/logging.py", "_write"): "a log grows line by line",
-    ("diffit/pipeline.py", "main"): "a folder of diffusers, whose index comes last",
+    ("diffit/cli/pipeline.py", "main"): "a folder of diffusers, whose index comes last",
     ("diffit/pipeline.py", "save_pretrained"): "the same",
     ("diffit/pipeline.py", "push_to_hub"): "a temporary folder",
     ("tools/fashion.py", "make_vae"): "a folder of diffusers",
