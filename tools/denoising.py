@@ -5,6 +5,7 @@
 The belief is a state's `pred_xstart`, decoded: a picture from the first step on, where the state itself is noise.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from diffit import ImageSampler
 from diffit.cli.run import one_sentence
+from diffit.system.files import write_atomically
 
 COLUMNS, SIDE, GAP = 5, 96, 8  # of the grid; pixels
 MILLISECONDS, AT_THE_END = 160, 2500  # of a frame
@@ -32,8 +34,10 @@ def main(weights: str = "Diffit-Fashion", out: str = "docs/assets/denoising.gif"
             page.paste(enlarged, (i % COLUMNS * (SIDE + GAP), i // COLUMNS * (SIDE + GAP)))
         frames.append(page.quantize(24))
     times = [MILLISECONDS] * (len(frames) - 1) + [AT_THE_END]
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
-    print(f"{out}: {len(frames)} frames, {Path(out).stat().st_size:,} bytes")
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
+    write_atomically(Path(out), buffer.getvalue())
+    print(f"{out}: {len(frames)} frames, {len(buffer.getvalue()):,} bytes")
 
 
 if __name__ == "__main__":
