@@ -22,7 +22,6 @@ EXCEPTIONS = {
     ("diffit/system/files.py", "exclusive"): "a lock",
     ("diffit/system/files.py", "npz_member"): "inside a file that is open",
     ("diffit/training/checkpointing.py", "_write_state"): "into a folder that is synced and renamed when whole",
-    ("diffit/training/checkpointing.py", "_save_whole"): "into that folder",
     ("diffit/training/logging.py", "_write"): "a log grows line by line",
     ("diffit/cli/pipeline.py", "main"): "a folder of diffusers, whose index comes last",
     ("diffit/pipeline.py", "save_pretrained"): "the same",
