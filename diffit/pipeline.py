@@ -22,7 +22,8 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,11 +40,17 @@ from diffit.checkpoint.resolve import PIPELINE_FILE, Source, find_checkpoint
 from diffit.checkpoint.weights import load_weights
 from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
-from diffit.sampling.images import sample_images
+from diffit.sampling.images import ImageSampler, changed
 from diffit.sampling.labels import class_names, known_labels, resolve_labels
 from diffit.system.files import as_tree, first_line, write_atomically
 
 _BATCH_SIZE = 16
+# Arguments of other pipelines -> what this one has in their place.
+_OF_OTHERS = {
+    "generator": ": pass seed, on which with the number of an image all its noise depends",
+    "latents": ": noise follows from seed; pass that",
+    "num_images_per_prompt": ": pass num_images, of which the labels take turns",
+}
 
 
 class DiffiTPipeline(DiffusionPipeline):
@@ -57,6 +64,7 @@ class DiffiTPipeline(DiffusionPipeline):
     """
 
     _optional_components: ClassVar[list[str]] = ["vae"]
+    _interrupt = False  # set it to stop, as in other pipelines
 
     def __init__(
         self,
@@ -78,6 +86,7 @@ class DiffiTPipeline(DiffusionPipeline):
         sizes = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         self._settings = CheckpointConfig.from_json(json.dumps(checkpoint | {"network": sizes}))
 
+    @torch.no_grad()
     def __call__(
         self,
         class_labels: Sequence[int | str] | Tensor | NDArray[Any] | int | str | None = None,
@@ -90,6 +99,7 @@ class DiffiTPipeline(DiffusionPipeline):
         sampler: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
+        **others: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images, 16 at a time; what is None, the checkpoint recommends.
 
@@ -97,55 +107,79 @@ class DiffiTPipeline(DiffusionPipeline):
             class_labels: numbers or names of classes, one an image; drawn at random by default.
             num_inference_steps, guidance_scale, sampler: num_sampling_steps, cfg_scale, sampler of `sample_images`.
             seed: image i depends on (seed, i) and the settings alone.
-            output_type: "pil" (a list of pictures), "np" (float32 [N, H, W, C] in 0..1) or "pt" (the same as a tensor
-                [N, C, H, W] on the pipeline's device).
+            output_type: "pil" (a list of pictures), "np" (float32 [N, H, W, C] in 0..1), "pt" (the same as a tensor
+                [N, C, H, W] on the pipeline's device) or "latent" (what the network sees, float32 [N, c, h, w]).
             num_images: N, with the labels repeated in turn; by default as many as there are labels, or one.
             return_dict: False for a tuple in place of an `ImagePipelineOutput`.
             callback_on_step_end: called with (pipeline, step, None, {"latents": x}) after every step of every batch,
-                steps counted from 0. The state x [B, c, h, w] is to be looked at: it cannot be replaced.
+                steps counted from 0. x [B, c, h, w] is a copy: the state cannot be replaced. Where it sets
+                `pipeline._interrupt`, sampling stops, and images are returned as far as they are.
 
         Raises:
             ValueError: in one sentence, if a setting does not fit the model, or there is no such class.
+            TypeError: for an argument of other pipelines.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"there is no output_type '{output_type}': choose pil, np or pt")
-        given: Any = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
-        labels = [given] if isinstance(given, int | str) else list(given or [])
+        for name in others:
+            raise TypeError(f"DiffiTPipeline takes no {name}" + _OF_OTHERS.get(name, ""))
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"there is no output_type '{output_type}': choose pil, np, pt or latent")
+        given: Any = class_labels.reshape(-1) if isinstance(class_labels, Tensor | np.ndarray) else class_labels
+        labels = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+        labels = [] if given is None else labels
         count = num_images if num_images is not None else 1 if given is None else len(labels)
-        num_batches = -(-count // _BATCH_SIZE)
+        if count < 1:
+            raise ValueError(f"num_images must be at least 1, not {count}")
+        if self.transformer.training:
+            raise ValueError("the network is in training mode: call pipeline.transformer.eval() first")
+        classes = resolve_labels(labels, class_names(self._settings))
+        config = changed(self._settings, sampler, num_inference_steps, guidance_scale)
         device, dtype = self._execution_device, self.transformer.dtype
+        codec = create_codec(config.codec, device, vae=self.vae)
+        pictures = ImageSampler.create(self.transformer, config, device, codec=codec)
+        if dtype == torch.float64:  # guidance and sampler stay in float32
+
+            def network(x: Tensor, *inputs: Tensor, **conditions: Tensor) -> Tensor:
+                return self.transformer(x.to(dtype), *inputs, **conditions).float()
+
+            pictures = replace(pictures, network=network)
         # Weights of 16 bits multiply in theirs; norms, guidance and sampler stay in float32.
         autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
-        with autocast, self.progress_bar(total=num_batches) as bar:
-
-            def show(step: int, num_steps: int, x: Tensor) -> None:
-                bar.total = num_steps * num_batches
-                bar.update()
-                state = {"latents": x}
-                returned = callback_on_step_end(self, step - 1, None, state) if callback_on_step_end else None
-                if returned and returned.get("latents", x) is not x:
-                    raise ValueError("the callback returned other latents: the sampler's state cannot be replaced")
-
-            images, _ = sample_images(
-                self.transformer,
-                self._settings,
-                count,
-                seed=seed,
-                class_labels=labels,
-                sampler=sampler,
-                num_sampling_steps=num_inference_steps,
-                cfg_scale=guidance_scale,
-                batch_size=_BATCH_SIZE,
-                device=device,
-                codec=create_codec(self._settings.codec, device, vae=self.vae),
-                callback=show,
-            )
-        output: Any = torch.from_numpy(images).permute(0, 3, 1, 2).to(device) / 255  # [N, C, H, W]
-        if output_type != "pt":
+        with autocast:
+            images = self._draw(pictures, count, seed, classes, callback_on_step_end)
+            output: Any = torch.cat([x if output_type == "latent" else codec.decode(x) for x in images])
+        if output_type != "latent":
+            output = output.permute(0, 3, 1, 2) / 255  # [N, C, H, W]
+        if output_type in ("pil", "np"):
             output = output.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
             output = self.numpy_to_pil(output)
         return ImagePipelineOutput(images=output) if return_dict else (output,)
+
+    def _draw(
+        self, pictures: ImageSampler, count: int, seed: int, classes: list[int], callback: Callable[..., Any] | None
+    ) -> Iterator[Tensor]:
+        """What the network sees of the samples [B, c, h, w], batch by batch, until the callback interrupts."""
+        self._interrupt, starts = False, range(0, count, _BATCH_SIZE)
+        with self.progress_bar(total=len(starts)) as bar:
+            for start in starts:
+                indices = range(start, min(start + _BATCH_SIZE, count))
+                for state in pictures.states(indices, pictures.labels(indices, seed, classes), seed):
+                    bar.total = state.num_steps * len(starts)
+                    bar.update()
+                    x = state.x.clone() if callback else state.x
+                    returned = callback(self, state.step - 1, None, {"latents": x}) if callback else None
+                    if returned and returned.get("latents", x) is not x:
+                        raise ValueError("the callback returned other latents: the sampler's state cannot be replaced")
+                    if self._interrupt:
+                        break
+                yield state.x
+                if self._interrupt:
+                    return
+
+    def _refuse_scheduler(self, scheduler: Any) -> None:
+        raise ValueError("DiffiTPipeline has samplers in place of schedulers: pass sampler='dpm++', say, at the call")
+
+    scheduler = property(fset=_refuse_scheduler)
 
     @property
     def labels(self) -> dict[str, int]:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from diffit import DiffiTPipeline, load_model, sample_images
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.cli.pipeline import main
+from diffit.codec import create_codec
 from diffit.components import DiffiTTransformer2DModel
 from tests.conftest import ROOT
 from tests.local_hub import local_hub
@@ -117,8 +118,11 @@ def test_output_types(pipelines):
     assert [picture.size for picture in pictures] == [(16, 16), (16, 16)]
     np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in pictures]) / np.float32(255), array)
     np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
-    with pytest.raises(ValueError, match="no output_type 'latent': choose pil, np or pt"):
-        pipeline(["Cat"], output_type="latent")
+    with pytest.raises(ValueError, match="no output_type 'jpeg': choose pil, np, pt or latent"):
+        pipeline(["Cat"], output_type="jpeg")
+    latents = pipeline(["Cat", "Dog"], output_type="latent").images
+    decoded = create_codec(pipeline._settings.codec, torch.device("cpu"), vae=pipeline.vae).decode(latents)
+    np.testing.assert_array_equal(decoded.numpy() / np.float32(255), array)
     with pytest.raises(ValueError, match="must be at least 1"):
         pipeline([])
 
@@ -259,6 +263,69 @@ def test_bar_and_callback(pipelines, saved):
     assert "4/4" in text.getvalue()
     with pytest.raises(ValueError, match="cannot be replaced"):
         pipeline(["Cat"], callback_on_step_end=lambda one, step, t, state: {"latents": state["latents"].clone()})
+
+
+def test_labels_and_seeds_are_whole_numbers_of_any_kind(pipelines):
+    pipeline = pipelines["latent"]
+    expected = arrays(pipeline, [1, 2], seed=5)
+    for labels in (np.array([1, 2]), torch.tensor([[1], [2]]), [np.int64(1), torch.tensor(2)], ("Dog", np.uint8(2))):
+        for seed in (5, np.int64(5), torch.tensor(5)):
+            np.testing.assert_array_equal(arrays(pipeline, labels, seed=seed), expected)
+    for label in (np.int64(1), torch.tensor(1), np.array(1)):
+        np.testing.assert_array_equal(arrays(pipeline, label, seed=5), expected[:1])
+    for wrong in (1.5, torch.tensor(1.5), None, "1"):
+        with pytest.raises(ValueError, match="the seed must be a whole number, not"):
+            pipeline(1, seed=wrong)
+    for wrong in (1.5, [None], [torch.tensor(1.5)]):
+        with pytest.raises(ValueError, match="a class label is a name or a whole number, not"):
+            pipeline(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("generator", "pass seed"), ("latents", "seed"), ("num_images_per_prompt", "num_images"), ("x", "")],
+)
+def test_habits_of_other_pipelines_are_named(pipelines, name, words):
+    with pytest.raises(TypeError, match=f"DiffiTPipeline takes no {name}.*{words}"):
+        pipelines["image"]("Cat", **{name: 1})
+    with pytest.raises(ValueError, match=r"pass sampler='dpm\+\+'"):
+        pipelines["image"].scheduler = object()
+    assert not hasattr(pipelines["image"], "scheduler")
+
+
+def test_a_callback_changes_nothing_and_may_stop(pipelines):
+    pipeline, seen = pipelines["image"], []
+
+    def spoil(one, step, t, state):
+        seen.append(step)
+        state["latents"].zero_()
+        return state
+
+    np.testing.assert_array_equal(arrays(pipeline, "Cat", callback_on_step_end=spoil), arrays(pipeline, "Cat"))
+
+    def stop(one, step, t, state):
+        seen.append(state["latents"])
+        one._interrupt = step == 1
+
+    stopped = pipeline("Cat", num_images=20, output_type="latent", callback_on_step_end=stop).images
+    assert len(seen) == 4 + 2
+    assert torch.equal(stopped, seen[-1])
+    np.testing.assert_array_equal(arrays(pipeline, "Cat"), arrays(pipeline, "Cat", callback_on_step_end=spoil))
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_float64_and_a_vae_of_another_dtype(checkpoints, pipelines, kind):
+    expected, pipeline = arrays(pipelines[kind], ["Dog", "Cat"]), DiffiTPipeline.from_pretrained(checkpoints[kind])
+    pipeline.transformer.to(torch.float64)
+    assert np.abs(arrays(pipeline, ["Dog", "Cat"]) - expected).max() <= 2 / 255
+    pipeline.to(torch.float64)
+    assert np.abs(arrays(pipeline, ["Dog", "Cat"]) - expected).max() <= 2 / 255
+
+
+def test_download_settings_are_harmless_for_what_is_here(checkpoints, saved, tmp_path):
+    settings = {"revision": "main", "token": False, "cache_dir": tmp_path, "local_files_only": True}
+    for name in ("Diffit-Fashion", checkpoints["image"], saved / "image"):
+        DiffiTPipeline.from_pretrained(name, **settings)
 
 
 def test_another_vae(checkpoints, tmp_path):

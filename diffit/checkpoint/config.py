@@ -53,9 +53,8 @@ class CheckpointConfig(ProcessSettings):
     def from_json(cls, text: str) -> CheckpointConfig:
         """The inverse of to_json. Raises TypeError, KeyError or ValueError if it is of another version."""
         tree = json.loads(text)
-        guidance = tree["guidance"]
-        if isinstance(guidance["interval"], list):
-            guidance["interval"] = tuple(guidance["interval"])
+        for node, key in ((tree["guidance"], "interval"), (tree, "class_names")):
+            node[key] = tuple(node[key]) if isinstance(node[key], list) else node[key]
         # Files written before a process existed lack its node and get its defaults.
         nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
         known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
@@ -64,7 +63,7 @@ class CheckpointConfig(ProcessSettings):
             network=model_config(tree["model"], **tree["network"]),
             process=tree.get("process", "gaussian"),
             codec=CodecConfig(**tree["codec"]),
-            class_names=tuple(tree["class_names"]),
+            class_names=tree["class_names"],
             made_by=tree["made_by"],
             **known,
         )

@@ -202,7 +202,11 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
     try:
         return CheckpointConfig.from_json(metadata[METADATA_KEY])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} was written by another version of diffit ({error}): update diffit") from error
+        reason = str(error).removeprefix("--")
+        raise ValueError(
+            f"{path} has damaged metadata, or those of another version of diffit ({reason}): update diffit, or give "
+            "another file"
+        ) from error
 
 
 def damaged(path: Path) -> ValueError:

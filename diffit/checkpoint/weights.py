@@ -50,8 +50,11 @@ def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
     Raises:
         ValueError: in one sentence, if the file is damaged, or its tensors are not those of the network.
     """
-    with torch.device("meta"):
-        model = build_model(config.network)
+    try:
+        with torch.device("meta"):
+            model = build_model(config.network)
+    except ValueError as error:
+        raise ValueError(f"{path} is of a network that cannot be ({error}): give another file") from error
     expected = model.state_dict()
     state = _without_prefix(_read_folder(path, expected) if path.is_dir() else _read_file(path), expected)
     index = {name: state.pop(name) for name in list(state) if name.endswith("relative_position_index")}

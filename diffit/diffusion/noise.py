@@ -4,6 +4,7 @@ Batch size, number of ranks, device and interruptions therefore do not change a 
 by the number of images seen.
 """
 
+import operator
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -58,6 +59,10 @@ class SampleNoise:
     def __init__(
         self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> None:
+        try:
+            seed = operator.index(seed)  # NumPy's and PyTorch's integers too
+        except TypeError as error:
+            raise ValueError(f"the seed must be a whole number, not {seed!r}") from error
         if not 0 <= seed < 2**64:
             raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {seed}")
         self.seed, self.indices, self.shape, self.device = seed, indices, shape, torch.device(device)
