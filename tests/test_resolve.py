@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffit import DiffiTPipeline, load_model
 from diffit.checkpoint.folder import checksum
@@ -266,3 +267,48 @@ print(sorted(name for name in sys.modules if name.startswith("diffit.training"))
     words = [str(places[kind]) for kind in ("file", "run", "shards", "saved pipeline")]
     command = [sys.executable, "-c", code, *words]
     assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout == "[]\n"
+
+
+def leaves(tree, path=()):
+    """Every value of a JSON tree, and every node, with its path."""
+    for key, value in tree.items():
+        yield (*path, key), value
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def changed_tree(tree, path, value):
+    tree = json.loads(json.dumps(tree))
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return tree
+
+
+def of_another_type(value):
+    """What JSON can have in place of a value, of a type that does not fit, whatever the field."""
+    if isinstance(value, str):
+        return [3.5, [], {}]
+    if isinstance(value, (bool, dict)):
+        return ["yes", 3.5, []]
+    if isinstance(value, list):
+        return [3, "ten", {}, [{}]]
+    return [[{}], {}, float("nan"), -(10**12)]
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_metadata_are_input(tmp_path, kind):
+    """Every field of a checkpoint with values of other types or far out of range: one sentence that names the file."""
+    small = save_small_checkpoint(tmp_path, "vae") if kind == "latent" else save_small_image_checkpoint(tmp_path)
+    state = load_file(small)
+    tree = json.loads(find_checkpoint(path=small)[1].to_json())
+    texts = ["", "{", "[]", "3", "null", "{}", '"text"']
+    for where, value in leaves(tree):
+        texts += [json.dumps(changed_tree(tree, where, bad)) for bad in of_another_type(value)]
+    path = tmp_path / "bad.safetensors"
+    for text in texts:
+        save_file(state, path, {"diffit": text})
+        with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
+            load_model(path)
+        assert len(str(raised.value).splitlines()) == 1, text
