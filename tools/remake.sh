@@ -3,7 +3,7 @@
 #
 #   bash tools/remake.sh [CHECKPOINT]      # bundles this ema.safetensors first
 #
-# The same command goes on where it was stopped; other weights begin anew. The last two lines take hours on a CPU. Scores
+# The same command goes on where it was stopped; other weights begin anew. The last two parts take hours on a CPU. Scores
 # are left in runs/remake/*/*.json, for docs/bundled_model.md, docs/image_space.md and docs/benchmarks.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
