@@ -93,16 +93,20 @@ def model_card(
     )
 
 
-def card_facts(source: Source, config: CheckpointConfig) -> dict[str, Any]:
+def card_facts(name: str, source: Source, config: CheckpointConfig) -> dict[str, Any]:
     """What the card says of a checkpoint beside its config: `license`, and the `scores` in the SCORES beside it.
+
+    name: what a user calls it; source: what that means.
 
     Raises:
         ValueError: if that file is not what the evaluator writes.
     """
-    path = source.path.parent / SCORES if source.path else None
+    named = Path(name).expanduser()  # a run's folder has scores of its own
+    folder = named if named.is_dir() and name not in BUNDLED else source.path.parent if source.path else None
+    path = folder / SCORES if folder else None
     # What is trained here says how, and what it started from, whose licence binds it too.
     from_nvidia = HUB_REPOSITORY in config.made_by if config.made_by else config.model == "Diffit"
-    license = "apache-2.0" if source.name in BUNDLED else "cc-by-nc-sa-4.0" if from_nvidia else "unknown"
+    license = "apache-2.0" if name in BUNDLED else "cc-by-nc-sa-4.0" if from_nvidia else "unknown"
     try:
         scores = json.loads(path.read_text()) if path and path.is_file() else {}
     except ValueError as error:

@@ -208,7 +208,7 @@ class DiffiTPipeline(DiffusionPipeline):
         source, config = find_checkpoint(path=name, door="from_pretrained", **client)
         if source.path is not None and (source.path.parent / PIPELINE_FILE).is_file():
             return cls._from_folder(source.path.parent, **kwargs)
-        return cls._from_checkpoint(source, config, **kwargs)
+        return cls._from_checkpoint(name, source, config, **kwargs)
 
     @classmethod
     def _from_folder(cls, folder: Path, **kwargs: Any) -> DiffiTPipeline:
@@ -223,7 +223,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
     @classmethod
     def _from_checkpoint(
-        cls, source: Source, config: CheckpointConfig, vae: AutoencoderKL | None = None, **kwargs: Any
+        cls, name: str, source: Source, config: CheckpointConfig, vae: AutoencoderKL | None = None, **kwargs: Any
     ) -> DiffiTPipeline:
         dtypes = [kwargs.pop(key, None) for key in ("dtype", "torch_dtype")]
         if kwargs:
@@ -232,7 +232,7 @@ class DiffiTPipeline(DiffusionPipeline):
         codec = create_codec(config.codec, torch.device("cpu"), vae=vae)
         checkpoint = {key: value for key, value in as_tree(config).items() if key != "network"}
         vae = codec.vae if isinstance(codec, VAECodec) else None
-        pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(source, config))
+        pipeline = cls(as_component(model, config.network), vae, checkpoint, hub.card_facts(name, source, config))
         dtype = dtypes[0] or dtypes[1]
         return pipeline.to(dtype=dtype) if dtype else pipeline  # diffusers warns of every cast
 

@@ -18,7 +18,8 @@ class SampleConfig(ProcessSettings):
     Args:
         model: a model of the zoo; without --model_path its bundled or released weights are used. Diffit-Fashion, the
             bundled one, unless a file says otherwise.
-        model_path: weights: a .safetensors or .pt file, or a Hub file owner/repository/name.safetensors.
+        model_path: weights: a file, a run's folder (its newest checkpoint), a checkpoint's folder, a saved pipeline, a
+            name, or a pipeline or file owner/repository/name.safetensors on the Hub.
         image_size: side of the images in pixels, 256 or 512 for the released weights; by default the checkpoint's.
         log_dir: folder for the samples; logs/MODEL by default.
         num_samples: how many samples to make.
@@ -79,7 +80,8 @@ class AppConfig:
     Args:
         model: a model of the zoo; without --model_path its bundled or released weights are used. Diffit-Fashion, the
             bundled one, unless a file says otherwise.
-        model_path: weights: a .safetensors or .pt file, or a Hub file owner/repository/name.safetensors.
+        model_path: weights: a file, a run's folder (its newest checkpoint), a checkpoint's folder, a saved pipeline, a
+            name, or a pipeline or file owner/repository/name.safetensors on the Hub.
         image_size: side of the images in pixels, 256 or 512 for the released weights; by default the checkpoint's.
         device: where to sample; auto takes a GPU if there is one.
         port: of 127.0.0.1, where the page is; other machines cannot reach it.

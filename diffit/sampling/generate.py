@@ -58,12 +58,13 @@ def generate(task: SampleTask) -> Path:
     settings |= {"vae": checkpoint.codec.vae, "device": device.type, "precision": precision}
     folder = SampleFolder(Path(config.log_dir or f"logs/{checkpoint.model}"), config.num_samples)
     with distributed.joined(device) as world:
-        settings["weights_sha256"] = distributed.on_main(world, task.source.sha256)
+        # Of a run that goes on, all ranks take the checkpoint that rank 0 found to be the newest.
+        source, settings["weights_sha256"] = distributed.on_main(world, lambda: (task.source, task.source.sha256()))
         with distributed.main_only(world, exclusive(folder.path)):
             distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
             seconds_per_image = None  # unknown where nothing was left to sample
             if folder.finished() is None:
-                model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False)
+                model = load_weights(source.fetch(), task.checkpoint).requires_grad_(False)
                 pictures = ImageSampler.create(model, checkpoint, device, precision=precision, fast=config.fast)
                 seconds_per_image = _sample_missing(pictures, config, classes, folder, world)
 
