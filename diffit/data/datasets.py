@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from diffit.codec import PixelCodec
 from diffit.data.config import DataName
-from diffit.data.files import MODES, Pictures, image_files, square_pixels
+from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
 from diffit.data.sampler import Key
 from diffit.system.files import first_line, npy_bytes, write_atomically
 
@@ -102,9 +102,6 @@ class ImageArrays:
         pixels = self.images[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
-    def channels(self) -> int:
-        return self.images.shape[-1]
-
     def fingerprint(self) -> str:
         digest = hashlib.sha256(str(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).data)
@@ -122,7 +119,7 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
         kept: which of the source's pictures belong to it, ascending; all by default.
     """
 
-    source: Pictures | ImageArrays
+    source: ImageFiles | ImageArrays
     size: int
     channels: int
     kept: NDArray[np.int64] | None = field(default=None, repr=False)
@@ -234,7 +231,7 @@ def open_images(name: DataName, path: str | None, size: int, channels: int) -> I
     if channels not in MODES:
         raise ValueError(f"images of {channels} channels cannot be made: the network or VAE must take 1 or 3")
     if name == "fashion_mnist":
-        source: Pictures | ImageArrays = fashion_mnist(path)
+        source: ImageFiles | ImageArrays = fashion_mnist(path)
     elif name == "cifar10":
         source = cifar10(path)
     elif path is None:

@@ -17,10 +17,10 @@ import struct
 import sys
 import zipfile
 import zlib
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -45,23 +45,30 @@ MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and would make a table 
 
 
 @dataclass(frozen=True)
-class Pictures(ABC):
-    """Pictures at their own sizes, each opened when it is asked for.
+class ImageFiles:
+    """The pictures in a folder, a ZIP or Parquet files.
 
     Args:
-        root: the folder or file that holds them.
+        root: the folder or the ZIP.
+        names: of the picture files, relative to root, sorted, [N].
         labels: int64 [N]; all 0 without classes.
         class_names: name of each class number; empty without classes.
         ignored: how many other files are there, by suffix.
+        places: int64 [N, 4], where the contents are if they are no files: what `read` takes. The third number changes
+            with the content. (Workers share them: to open a ZIP of a million files takes a gigabyte and seconds.)
+        read: the content at a place.
     """
 
     root: Path
+    names: tuple[str, ...]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     ignored: Counter[str]
+    places: NDArray[np.int64] | None = None
+    read: Callable[..., bytes] | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.names)
 
     def __str__(self) -> str:
         """One line: how many pictures, in which classes, and what was left out."""
@@ -70,82 +77,40 @@ class Pictures(ABC):
         left_out = f"; left out: {_counts(self.ignored)}" if self.ignored else ""
         return printable(f"images in {self.root}: {len(self)}; {classes}{left_out}")
 
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """What errors call a picture."""
-
-    @abstractmethod
-    def open(self, index: int) -> IO[bytes]:
-        """The file of a picture."""
-
-    @abstractmethod
-    def states(self) -> Iterable[str]:
-        """A text for each picture that changes with its name and content; [N]."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Of the names; the contents are not read."""
-
-    def picture(self, index: int) -> Image.Image:
-        """Picture `index`, decoded; the first of an animation. Raises whatever the decoder raises if it cannot be."""
-        with self.open(index) as file:
-            picture = _identify(file)
-            picture.load()
-        return picture
-
-    def channels(self) -> int:
-        """3 if any picture has colours, by its header alone; else 1."""
-        for index in range(len(self)):
-            try:
-                with self.open(index) as file:
-                    if not is_grey(_identify(file)):
-                        return 3
-            except Exception:  # whoever decodes it names it
-                continue
-        return 1
-
-    def stamps(self) -> NDArray[np.uint64]:
-        """The states as one number each, [N]."""
-        digests = (hashlib.blake2b(os.fsencode(state), digest_size=8).digest() for state in self.states())
-        return np.frombuffer(b"".join(digests), np.uint64)
-
-
-@dataclass(frozen=True)
-class ImageFiles(Pictures):
-    """The picture files under a folder or in a ZIP.
-
-    Args:
-        names: of the files, relative to root, sorted, [N].
-        members: int64 [N, 4], where a ZIP holds each picture: offset, compressed size, CRC-32, method; None for a
-            folder. Workers share it, as opening a ZIP of a million files takes each of them a gigabyte and seconds.
-    """
-
-    names: tuple[str, ...]
-    members: NDArray[np.int64] | None = None
-
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
 
-    def open(self, index: int) -> IO[bytes]:
-        if self.members is None:
-            return open(self.root / self.names[index], "rb")
-        return io.BytesIO(_read_member(self.root, *self.members[index].tolist()))
+    def picture(self, index: int, decode: bool = True) -> Image.Image:
+        """Picture `index`, the first of an animation; or only its header.
 
-    def states(self) -> Iterable[str]:
-        if self.members is None:
-            return (f"{name} {size_and_time(self.root / name)}" for name in self.names)
-        return (f"{name} {crc}" for name, crc in zip(self.names, self.members[:, 2].tolist(), strict=True))
+        Raises whatever the decoder raises if it cannot be decoded.
+        """
+        with self._open(index) as file:
+            try:
+                picture = Image.open(file)
+            except PIL.UnidentifiedImageError:  # its message names a Python object
+                raise ValueError(f"Pillow {PIL.__version__} cannot decode it: convert it to PNG or JPEG") from None
+            if decode:
+                picture.load()
+        return picture
+
+    def _open(self, index: int) -> IO[bytes]:
+        if self.places is None or self.read is None:
+            return open(self.root / self.names[index], "rb")
+        return io.BytesIO(self.read(*self.places[index].tolist()))
+
+    def stamps(self) -> NDArray[np.uint64]:
+        """A number for each picture that changes with its name or content (of a file with its size or time), [N]."""
+        if self.places is None:
+            states: Iterable[object] = (_size_and_time(self.root / name) for name in self.names)
+        else:
+            states = self.places[:, 2].tolist()
+        texts = (os.fsencode(f"{name} {state}") for name, state in zip(self.names, states, strict=True))
+        return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
 
     def fingerprint(self) -> str:
+        """Of the names; the contents are not read."""
         return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
-
-
-def _identify(file: IO[bytes]) -> Image.Image:
-    """The picture in a file, not yet decoded."""
-    try:
-        return Image.open(file)
-    except PIL.UnidentifiedImageError:  # its message names a Python object
-        raise ValueError(f"Pillow {PIL.__version__} cannot decode it: convert it to PNG or JPEG") from None
 
 
 def _read_member(path: Path, offset: int, size: int, crc: int, method: int) -> bytes:
@@ -168,7 +133,7 @@ def _read_member(path: Path, offset: int, size: int, crc: int, method: int) -> b
     return data
 
 
-def size_and_time(path: Path) -> str:
+def _size_and_time(path: Path) -> str:
     try:
         status = os.stat(path)
     except OSError:  # a link to nothing: whoever decodes it names it
@@ -176,7 +141,7 @@ def size_and_time(path: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def image_files(path: str | Path) -> Pictures:
+def image_files(path: str | Path) -> ImageFiles:
     """The pictures of a folder, ZIP or Parquet files, sorted; each subfolder is a class, with all that lies under it.
 
     A folder that holds nothing but one folder of folders stands for that one; beside val or test, train is taken. Where
@@ -215,17 +180,20 @@ def image_files(path: str | Path) -> Pictures:
         class_names, labels = _folder_classes(root, top, names, entries)
     else:
         class_names, labels = _edm_classes(f"{root}/{top}{_EDM_LABELS}", [n[len(top) :] for n in names], edm_labels)
-    members = None if archive is None else _locations(root, [archive[name] for name in names])
-    return _announced(ImageFiles(root, labels, class_names, ignored, names, members))
+    files = ImageFiles(root, names, labels, class_names, ignored)
+    if archive is not None:
+        places = _places(root, [archive[name] for name in names])
+        files = replace(files, places=places, read=partial(_read_member, root))
+    return _announced(files)
 
 
-def _announced(pictures: Pictures) -> Pictures:
+def _announced(pictures: ImageFiles) -> ImageFiles:
     if detect_world().is_main:
         print(pictures)
     return pictures
 
 
-def _parquet_images(root: Path, files: Sequence[str], ignored: Counter[str]) -> Pictures:
+def _parquet_images(root: Path, files: Sequence[str], ignored: Counter[str]) -> ImageFiles:
     from diffit.data.parquet import parquet_images  # which is a kind of what is here
 
     return parquet_images(root, files, ignored)
@@ -270,7 +238,7 @@ def _edm_labels(root: Path, entry: str, archive: dict[str, zipfile.ZipInfo] | No
         if archive is None:
             content = (root / entry).read_bytes()
         else:
-            content = _read_member(root, *_locations(root, [archive[entry]])[0].tolist())
+            content = _read_member(root, *_places(root, [archive[entry]])[0].tolist())
         tree = json.loads(content)
         if not isinstance(tree, dict) or "labels" not in tree:
             return None
@@ -336,8 +304,8 @@ def _archive(path: Path) -> dict[str, zipfile.ZipInfo]:
     return {name: info for name, info in named.items() if name and not any(map(_hidden, name.split("/")))}
 
 
-def _locations(path: Path, infos: Sequence[zipfile.ZipInfo]) -> NDArray[np.int64]:
-    """`ImageFiles.members` of these entries of a ZIP."""
+def _places(path: Path, infos: Sequence[zipfile.ZipInfo]) -> NDArray[np.int64]:
+    """Where a ZIP holds these entries: offset, compressed size, CRC-32, method; [N, 4]."""
     for info in infos:
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{path} holds {info.filename} encrypted or in a rare compression: unpack it to a folder")

@@ -37,8 +37,9 @@ from diffit.data.datasets import (
     worker_count,
 )
 from diffit.data.encode import encode_images
+from diffit.data.files import ImageFiles
 from diffit.data.latent_cache import MANIFEST, LatentCache, LatentDataset, open_cache
-from diffit.data.parquet import ParquetImages
+from diffit.data.parquet import in_memory
 from diffit.data.sampler import BatchSampler, Key
 from diffit.diffusion import Process
 from diffit.diffusion.noise import RandomStream, keyed_generator
@@ -169,8 +170,8 @@ def open_training_set(
     check_apart(run_dir, config.path, "--run_dir")
     if isinstance(codec, PixelCodec):
         images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
-        if isinstance(images.source, ParquetImages):  # which are slow to draw from at random
-            images = replace(images, source=images.source.load())
+        if isinstance(images.source, ImageFiles):
+            images = replace(images, source=in_memory(images.source))
         unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers, run_dir))
         if unreadable and (not config.skip_unreadable or len(unreadable) == len(images)):
             raise UnreadableImagesError(unreadable)

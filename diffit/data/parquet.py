@@ -6,100 +6,22 @@ draws pictures at random takes them all into memory first.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffit.data.files import HELD_OUT, TRAIN, Pictures, size_and_time
+from diffit.data.files import HELD_OUT, TRAIN, ImageFiles
 
 
-@dataclass(frozen=True)
-class ParquetImages(Pictures):
-    """The pictures in Parquet files.
-
-    Args:
-        groups: (file, number of the row group in it), in order.
-        ends: int64 [groups], the number of the picture that follows each.
-        column: of the pictures.
-        loaded: the pictures of each group, once they are in memory.
-    """
-
-    groups: tuple[tuple[str, int], ...]
-    ends: NDArray[np.int64]
-    column: str
-    loaded: tuple[Any, ...] = ()
-
-    def name(self, index: int) -> str:
-        group, row = self._place(index)
-        return f"{self.root / self.groups[group][0]}, row group {self.groups[group][1]}, row {row}"
-
-    def open(self, index: int) -> io.BytesIO:
-        group, row = self._place(index)
-        file, number = self.groups[group]
-        rows = self.loaded[group] if self.loaded else _read_group(self.root / file, number, self.column)
-        value = rows[row].as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(content, bytes):
-            raise ValueError("it holds no bytes of a picture")
-        return io.BytesIO(content)
-
-    def states(self) -> Iterator[str]:
-        for (file, number), count in zip(self.groups, np.diff(self.ends, prepend=0), strict=True):
-            state = size_and_time(self.root / file)
-            yield from (f"{file} {state} {number} {row}" for row in range(count))
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(os.fsencode(f"{self.groups} {self.ends.tolist()}")).hexdigest()[:16]
-
-    def load(self) -> ParquetImages:
-        """The same pictures, in memory.
-
-        Raises:
-            ValueError: if they do not fit.
-        """
-        size, memory = sum((self.root / file).stat().st_size for file in {file for file, _ in self.groups}), 1 << 62
-        if hasattr(os, "sysconf"):
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size > memory // 2:
-            raise ValueError(
-                f"{self.root} holds {size / 1e9:.3g} GB of Parquet, too much for pixels in {memory / 1e9:.3g} GB of "
-                "memory: unpack it to a folder, or train on latents"
-            )
-        return replace(self, loaded=tuple(_read_group(self.root / f, n, self.column) for f, n in self.groups))
-
-    def _place(self, index: int) -> tuple[int, int]:
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        return group, index - (int(self.ends[group - 1]) if group else 0)
-
-
-@lru_cache(maxsize=1)  # of each process: pictures are read in order
-def _read_group(path: Path, number: int, column: str) -> Any:
-    return _parquet(path).read_row_group(number, columns=[column], use_threads=False).column(0)
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{path} is a Parquet file, which needs pyarrow: pip install 'diffit[parquet]'") from error
-    try:
-        return ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file ({error}): get it again") from error
-
-
-def parquet_images(root: Path, files: Sequence[str], ignored: Counter[str]) -> ParquetImages:
+def parquet_images(root: Path, files: Sequence[str], ignored: Counter[str]) -> ImageFiles:
     """The pictures in these files under a folder; of several splits, those to train on.
 
     Raises:
@@ -112,26 +34,82 @@ def parquet_images(root: Path, files: Sequence[str], ignored: Counter[str]) -> P
     chosen = [split for split in splits if split in TRAIN] or [*splits]
     if len(chosen) > 1:
         raise ValueError(f"{root} holds the splits {', '.join(sorted(splits))}: name the one to read")
-    groups: list[tuple[str, int]] = []
-    counts: list[int] = []
+    paths = [root / file for file in splits[chosen[0]]]
+    names: list[str] = []
+    places: list[tuple[int, ...]] = []
     labels: list[NDArray[np.int64]] = []
-    names: tuple[str, ...] = ()
-    for file in splits[chosen[0]]:
-        parquet = _parquet(root / file)
-        column, label_column, names = _columns(root / file, parquet.schema_arrow)
-        rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-        groups += [(file, number) for number in range(len(rows))]
-        counts += rows
-        read = parquet.read(columns=[label_column]).column(0).to_numpy() if label_column else np.zeros(sum(rows))
-        labels.append(read.astype(np.int64))
-    found = np.concatenate(labels)
-    if not len(found):
+    for number, path in enumerate(paths):
+        parquet, time = _parquet(path), path.stat().st_mtime_ns
+        column, label_column, class_names = _columns(path, parquet.schema_arrow)
+        for group in range(parquet.num_row_groups):
+            rows = range(parquet.metadata.row_group(group).num_rows)
+            places += [(number, group, time, row) for row in rows]
+            names += [f"{path.relative_to(root)}, row group {group}, row {row}" for row in rows]
+        if label_column:
+            labels.append(parquet.read(columns=[label_column]).column(0).to_numpy().astype(np.int64))
+    if not names:
         raise ValueError(f"{root} holds no images: its Parquet files have no rows")
-    if label_column and not names and found.min() >= 0:
-        names = tuple(map(str, range(int(found.max()) + 1)))
-    if names and not 0 <= found.min() <= found.max() < len(names):
-        names, found = (), np.zeros_like(found)  # -1 in splits whose labels are kept back
-    return ParquetImages(root, found, names, ignored, tuple(groups), np.cumsum(counts), column)
+    found = np.concatenate(labels) if labels else np.full(len(names), -1)
+    if found.min() >= 0 and not class_names:
+        class_names = tuple(map(str, range(int(found.max()) + 1)))
+    if not 0 <= found.min() <= found.max() < len(class_names):
+        class_names, found = (), np.zeros_like(found)  # -1 where labels are kept back
+    read = partial(_read_row, tuple(paths), column)
+    return ImageFiles(root, tuple(names), found, class_names, ignored, np.array(places, np.int64), read)
+
+
+def in_memory(images: ImageFiles) -> ImageFiles:
+    """Pictures to be drawn at random: those in Parquet files with their contents in memory, others as they are.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    if not isinstance(images.read, partial) or images.read.func is not _read_row or images.places is None:
+        return images
+    paths, column = images.read.args
+    size, memory = sum(path.stat().st_size for path in paths), 1 << 62
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory // 2:
+        raise ValueError(
+            f"{images.root} holds {size / 1e9:.3g} GB of Parquet, too much for pixels in {memory / 1e9:.3g} GB of "
+            "memory: unpack it to a folder, or train on latents"
+        )
+    groups = {(n, group): _read_group(paths[n], group, column) for n, group in np.unique(images.places[:, :2], axis=0)}
+    return replace(images, read=partial(_loaded_row, groups))
+
+
+def _loaded_row(groups: dict[tuple[int, int], Any], number: int, group: int, time: int, row: int) -> bytes:
+    return _content(groups[number, group][row])
+
+
+def _read_row(paths: Sequence[Path], column: str, number: int, group: int, time: int, row: int) -> bytes:
+    return _content(_read_group(paths[number], group, column)[row])
+
+
+def _content(cell: Any) -> bytes:
+    value = cell.as_py()
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes):
+        raise ValueError("it holds no bytes of a picture")
+    return content
+
+
+@lru_cache(maxsize=1)  # of each process: pictures are read in order
+def _read_group(path: Path, group: int, column: str) -> Any:
+    return _parquet(path).read_row_group(int(group), columns=[column], use_threads=False).column(0)
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path} is a Parquet file, which needs pyarrow: pip install 'diffit[parquet]'") from error
+    try:
+        return ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a whole Parquet file ({error}): get it again") from error
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, str | None, tuple[str, ...]]:

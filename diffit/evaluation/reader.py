@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.data.files import Pictures, image_files, is_grey, square_pixels
+from diffit.data.files import ImageFiles, image_files, is_grey, square_pixels
 from diffit.system.files import first_line
 
 Images = NDArray[np.uint8]
+T = TypeVar("T")
 
 
 class ImageFile:
@@ -147,12 +148,8 @@ class ListedImages:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def picture(self, index: int) -> Image.Image:
+    def picture(self, index: int, decode: bool = True) -> Image.Image:
         return self.items[index][0]
-
-    def channels(self) -> int:
-        """3 if any picture has colours, else 1."""
-        return 1 if all(is_grey(self.picture(index)) for index in range(len(self))) else 3
 
 
 class PictureFiles:
@@ -167,18 +164,18 @@ class PictureFiles:
         ValueError: (also from `batches`) if a picture cannot be read, or is of another size than the first.
     """
 
-    def __init__(self, path: Path, source: Pictures | ListedImages, image_size: int = 0) -> None:
+    def __init__(self, path: Path, source: ImageFiles | ListedImages, image_size: int = 0) -> None:
         self.path, self.count, self._source, self._size = path, len(source), source, image_size or None
-        self._channels = source.channels()
-        self._labels = source.labels if isinstance(source, Pictures) and source.class_names else None
+        self._labels = source.labels if isinstance(source, ImageFiles) and source.class_names else None
         self.keys = ("arr_0",) if self._labels is None else ("arr_0", "arr_1")
-        self.image_shape = self._image(0).shape
+        self._channels = 1 if all(self._read(index, self._is_grey) for index in range(self.count)) else 3
+        self.image_shape = self._read(0, self._pixels).shape
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Images]:
         """See `ImageFile.batches`."""
         stop = self.count if stop is None else stop
         for first in range(start, stop, size):
-            batch = [self._image(index) for index in range(first, min(first + size, stop))]
+            batch = [self._read(index, self._pixels) for index in range(first, min(first + size, stop))]
             for index, image in enumerate(batch, first):
                 if image.shape != self.image_shape:
                     shapes = ["x".join(map(str, shape)) for shape in (image.shape, self.image_shape)]
@@ -192,12 +189,18 @@ class PictureFiles:
         """The labels [N] as arr_1, if there are classes; see `ImageFile.array`."""
         return self._labels if name == "arr_1" else None
 
-    def _image(self, index: int) -> Images:
+    def _read(self, index: int, function: Callable[[int], T]) -> T:
         try:
-            return square_pixels(self._source.picture(index), self._size, self._channels)
+            return function(index)
         except Exception as error:  # a decoder raises anything over a damaged file
             name = self._source.name(index)
             raise ValueError(f"cannot read {name} ({first_line(error)}): fix or remove it") from error
+
+    def _is_grey(self, index: int) -> bool:
+        return is_grey(self._source.picture(index, decode=False))
+
+    def _pixels(self, index: int) -> Images:
+        return square_pixels(self._source.picture(index), self._size, self._channels)
 
 
 ImageSource = ImageFile | PictureFiles

@@ -15,7 +15,7 @@ from diffit.codec import create_codec
 from diffit.data.datasets import open_images, unreadable_images
 from diffit.data.files import image_files
 from diffit.data.loader import open_training_set
-from diffit.data.parquet import ParquetImages, _read_group
+from diffit.data.parquet import _read_group
 from diffit.data.sampler import Key
 from diffit.evaluation.reader import open_images as open_samples
 from diffit.system.distributed import World
@@ -123,7 +123,6 @@ def test_the_fingerprint_is_of_the_files(tmp_path):
         for name, n in (("a", 5), ("b", 5), ("b", 6))
     }
     assert len(fingerprints) == 3
-    assert isinstance(image_files(tmp_path / "a.parquet"), ParquetImages)
 
 
 def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
