@@ -154,49 +154,46 @@ def image_files(path: str | Path) -> ImageFiles:
     root = Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"there are no images at {root}: check the path")
+    archive: dict[str, zipfile.ZipInfo] | None = None
     if root.suffix.lower() == ".parquet" and root.is_file():
-        return _announced(_parquet_images(root.parent, [root.name], Counter()))
-    archive = None if root.is_dir() else _archive(root)
-    entries = sorted(_walk(root) if archive is None else archive)
+        root, entries = root.parent, [root.name]
+    elif root.is_dir():
+        entries = sorted(_walk(root))
+    else:
+        archive = _archive(root)
+        entries = sorted(archive)
     suffixes = {entry: os.path.splitext(entry)[1].lower() for entry in entries if not entry.endswith("/")}
     top = _top(root, [entry for entry, suffix in suffixes.items() if suffix in SUFFIXES])
-    parts = top.split("/")  # ends with an empty one
     edm_labels: dict[str, int] | None = None
-    for prefix in ("/".join([*parts[:depth], ""]) for depth in reversed(range(len(parts)))):
-        if edm_labels is None and f"{prefix}{_EDM_LABELS}" in suffixes:
-            edm_labels = _edm_labels(root, f"{prefix}{_EDM_LABELS}", archive)
+    for end in [end for end in range(len(top), -1, -1) if not end or top[end - 1] == "/"]:  # the innermost counts
+        entry = f"{top[:end]}{_EDM_LABELS}"
+        if edm_labels is None and entry in suffixes:
+            edm_labels = _edm_labels(root, entry, archive)
             if edm_labels is not None:
-                top = prefix
-                del suffixes[f"{prefix}{_EDM_LABELS}"]
+                top = top[:end]
+                del suffixes[entry]
     names = tuple(entry for entry, suffix in suffixes.items() if suffix in SUFFIXES and entry.startswith(top))
     ignored = Counter(s for entry, s in suffixes.items() if s not in SUFFIXES and entry.startswith(top))
-    if ignored[".parquet"] and not names and archive is None:
+    if names:
+        if edm_labels is None:
+            class_names, labels = _folder_classes(root, top, names, entries)
+        else:
+            class_names, labels = _edm_classes(f"{root}/{top}{_EDM_LABELS}", [n[len(top) :] for n in names], edm_labels)
+        files = ImageFiles(root, names, labels, class_names, ignored)
+        if archive is not None:
+            places = _places(root, [archive[name] for name in names])
+            files = replace(files, places=places, read=partial(_read_member, root))
+    elif ignored[".parquet"] and archive is None:
+        from diffit.data.parquet import parquet_images  # which is a kind of what is here
+
         tables = [entry for entry, suffix in suffixes.items() if suffix == ".parquet"]
-        return _announced(_parquet_images(root, tables, ignored - Counter({".parquet": len(tables)})))
-    if not names:
+        files = parquet_images(root, tables, Counter({s: count for s, count in ignored.items() if s != ".parquet"}))
+    else:
         others = f" (only {_counts(ignored)})" if ignored else ""
         raise ValueError(f"{root} holds no images{others}: name a folder or a ZIP of images")
-    if edm_labels is None:
-        class_names, labels = _folder_classes(root, top, names, entries)
-    else:
-        class_names, labels = _edm_classes(f"{root}/{top}{_EDM_LABELS}", [n[len(top) :] for n in names], edm_labels)
-    files = ImageFiles(root, names, labels, class_names, ignored)
-    if archive is not None:
-        places = _places(root, [archive[name] for name in names])
-        files = replace(files, places=places, read=partial(_read_member, root))
-    return _announced(files)
-
-
-def _announced(pictures: ImageFiles) -> ImageFiles:
     if detect_world().is_main:
-        print(pictures)
-    return pictures
-
-
-def _parquet_images(root: Path, files: Sequence[str], ignored: Counter[str]) -> ImageFiles:
-    from diffit.data.parquet import parquet_images  # which is a kind of what is here
-
-    return parquet_images(root, files, ignored)
+        print(files)
+    return files
 
 
 def _counts(ignored: Counter[str]) -> str:

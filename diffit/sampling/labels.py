@@ -39,18 +39,23 @@ def resolve_labels(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
     Raises:
         ValueError: if there is no such class, or several.
     """
-    if not names and labels:
+    if not len(labels):
+        return []
+    if not names:
         raise ValueError("the model knows no classes: leave the class labels out")
-    tables = _tables(names) if any(isinstance(label, str) for label in labels) else []
+    tables = _tables(names)
     resolved = []
     for label in labels:
-        numbers = _named(label, names, tables) if isinstance(label, str) else [_integer(label)]
+        by_name = isinstance(label, str) and are_numbers(names)
+        try:
+            numbers = _named(label, names, tables) if isinstance(label, str) else [operator.index(label)]
+        except TypeError as error:
+            raise ValueError(f"a class label is a name or a whole number, not {label!r}") from error
         if len(numbers) > 1:
             listed = ", ".join(map(str, numbers))
             raise ValueError(f"the name '{label}' means the classes {listed}: give one of these numbers")
         if not numbers or not 0 <= numbers[0] < len(names):
             shown = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
-            by_name = isinstance(label, str) and are_numbers(names)
             choices = f"{'' if by_name else f'a number from 0 to {len(names) - 1} or '}one of {shown}"
             raise ValueError(f"there is no class '{label}': choose {choices}")
         resolved += numbers
@@ -64,20 +69,11 @@ def known_labels(names: Sequence[str]) -> dict[str, int]:
     return {text: found[0] for text, found in numbers.items() if len(found) == 1}
 
 
-def _integer(label: Any) -> int:
-    try:
-        return operator.index(label)
-    except TypeError as error:
-        raise ValueError(f"a class label is a name or a whole number, not {label!r}") from error
-
-
 def _named(text: str, names: Sequence[str], tables: Sequence[dict[str, list[int]]]) -> list[int]:
     """All class numbers that a text may mean, by the first rule that gives any."""
     exact, synonyms, folded, folded_synonyms = tables
     if text not in exact and are_numbers([text]):
-        if not are_numbers(names):
-            return [int(text)]
-        return [number for number, name in enumerate(names) if int(name) == int(text)]
+        return [i for i, name in enumerate(names) if int(name) == int(text)] if are_numbers(names) else [int(text)]
     key = text.casefold()
     return exact.get(text) or synonyms.get(text) or folded.get(key) or folded_synonyms.get(key) or []
 
@@ -91,16 +87,13 @@ def _tables(names: Sequence[str]) -> list[dict[str, list[int]]]:
     descriptions = [imagenet.get(name, "") for name in names]
     if list(names) == [description.split(",")[0] for description in imagenet.values()]:
         descriptions = list(imagenet.values())
-    synonyms = [(text.strip(), i) for i, description in enumerate(descriptions) for text in description.split(",")]
+    synonyms = [(text.strip(), i) for i, each in enumerate(descriptions) if each for text in each.split(",")]
     tables: list[dict[str, list[int]]] = []
-    for fold in (False, True):
-        for pairs in (zip(names, range(len(names)), strict=True), synonyms):
-            table: dict[str, list[int]] = {}
-            for text, number in pairs:
-                numbers = table.setdefault(text.casefold() if fold else text, [])
-                if text and number not in numbers:
-                    numbers.append(number)
-            tables.append(table)
+    for fold in (str, str.casefold):
+        for pairs in ([(name, i) for i, name in enumerate(names)], synonyms):
+            tables.append({})
+            for text, number in dict.fromkeys((fold(text), number) for text, number in pairs):
+                tables[-1].setdefault(text, []).append(number)
     return tables
 
 
