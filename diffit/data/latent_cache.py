@@ -120,10 +120,12 @@ class LatentCache:
         the file open, while there may be more shards than a process may open files.
         """
         number = int(np.searchsorted(self._ends, index, side="right"))
-        shard, flips, size = self.shards[number], self.settings.flips, int(np.prod(self.shape))
-        row = (index - int(self._ends[number])) * flips + int(flip)  # counted from the end, so below 0
-        values = np.fromfile(self.folder / shard.file, np.float16, size, offset=shard.bytes + row * size * 2)
-        return torch.from_numpy(values).view(self.shape)
+        shard, values = self.shards[number], np.empty(self.shape, np.float16)
+        row = (index - int(self._ends[number])) * self.settings.flips + int(flip)  # counted from the end, so below 0
+        with open(self.folder / shard.file, "rb", buffering=0) as file:
+            file.seek(shard.bytes + row * values.nbytes)
+            file.readinto(values.data)
+        return torch.from_numpy(values)
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:

@@ -1,9 +1,11 @@
 """Folders, ZIPs and named data sets: what is found, what is refused, and in which words."""
 
 import hashlib
+import itertools
 import os
 import pickle
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -219,3 +221,23 @@ def test_names_need_not_be_utf_8(tmp_path):
     images = open_images("folder", str(root), 16, 3)
     assert len(images.source.fingerprint()) == 16
     assert unreadable_images(images, 0, tmp_path) == []
+
+
+def test_what_was_checked_is_remembered_as_it_goes(tmp_path, monkeypatch):
+    """Interrupted in the third batch of 64, the next start looks at what is left."""
+    images = open_images("folder", str(write_pictures(tmp_path / "images", {"": 140})), 8, 3)
+    clock = itertools.count(step=61)
+    monkeypatch.setattr("diffit.data.datasets.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    seen, readable = [], type(images).readable
+
+    def interrupted(self, indices):
+        seen.append(len(indices))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return readable(self, indices)
+
+    monkeypatch.setattr(type(images), "readable", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unreadable_images(images, 0, tmp_path / "run")
+    assert unreadable_images(images, 0, tmp_path / "run") == []
+    assert seen == [64, 64, 12, 12]
