@@ -43,10 +43,10 @@ from diffit.diffusion import SampleNoise, create_process, create_sampler, guided
 from diffit.diffusion.config import SKIP_BELOW
 from diffit.diffusion.samplers import model_at
 from diffit.models.config import build_model
-from diffit.models.fast import compiled, compiles, cpu_info, fast_network, fast_precision
+from diffit.models.fast import compiled, compiles, cpu_info, fast_precision, prepare_for_sampling
 from diffit.nn.attention import ATTENTIONS, WindowAttention
 from diffit.sampling.images import ImageSampler
-from diffit.system.device import autocast, resolve_device, set_matmul_precision
+from diffit.system.device import autocast, product_dtype, resolve_device, set_matmul_precision
 from diffit.system.files import write_atomically
 from diffit.system.ranks import World
 from diffit.training.config import TrainConfig
@@ -175,7 +175,8 @@ def _sampled(
             network = autocast(build(), device, low)
             found[f"{low} autocast{after}"] = (network, config, low)
         if "fast" in variants or "skip" in variants:
-            network = fast_network(build(), low, device)
+            network = prepare_for_sampling(build(), product_dtype(low))
+            network = compiled(network) if compiles(device) else network
             found[f"--fast True, both halves{after}"] = (network, config, low)
             if "skip" in variants and skipping is not config:
                 found[f"--fast True{after}"] = (network, skipping, low)

@@ -12,7 +12,8 @@ from diffit import load_model
 from diffit.benchmark import copy_of, interleaved, measure_sampling, parse
 from diffit.checkpoint.weights import CheckpointConfig
 from diffit.diffusion.config import GuidanceConfig, SamplingConfig
-from diffit.models.fast import fast_network, fast_precision
+from diffit.models.fast import fast_precision, prepare_for_sampling
+from diffit.system.device import product_dtype
 from diffit.training.estimate import measured_peak
 from tests.conftest import ROOT
 from tests.small_models import NETWORK, random_network
@@ -37,7 +38,7 @@ def test_fast_is_not_slower_than_the_baseline():
     model, _ = load_model("Diffit-Fashion")
     model.requires_grad_(False)
     precision = fast_precision(CPU)
-    baseline, fast = copy_of(model, "products"), fast_network(copy_of(model), precision, CPU)
+    baseline, fast = copy_of(model, "products"), prepare_for_sampling(copy_of(model), product_dtype(precision))
     x, t, y = torch.randn(32, 4, 8, 8), torch.full((32,), 500), torch.arange(32) % 11
     times = interleaved({"baseline": lambda: baseline(x, t, y), "fast": lambda: fast(x, t, y)}, CPU, 9, 60)
     assert times["baseline"] / times["fast"] > (1.15 if precision == "bf16" else 0.85)

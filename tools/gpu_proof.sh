@@ -89,7 +89,7 @@ fi
 one="$python" all="$python -m torch.distributed.run --standalone --nproc_per_node=$gpus"
 
 part machine 30 bash -c "$(declare -f machine); machine '$python' '$out/machine.json'"
-part tests 100 "$python" -m pytest tests/models tests/diffusion tests/training/test_step.py -k gpu
+part tests 100 "$python" -m pytest tests/models tests/diffusion tests/training/test_step.py tests/sampling/test_generate.py -k gpu
 benchmark sampling_256_16 110 Diffit-256 $b16 sampling default compile fast
 benchmark sampling_512 120 $large $b512 sampling default compile fast
 benchmark training_256 150 Diffit-256 $train training default compile+autocast blocks+autocast

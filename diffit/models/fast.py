@@ -1,4 +1,4 @@
-"""All of `--fast True`: a network made ready for sampling, with the same `forward` and cheaper parts in it.
+"""The network of `--fast True`: it is made ready for sampling, with the same `forward` and cheaper parts in it.
 
 - In 16 bits the blocks' weights are kept so, not cast at every call. Residuals, norms and softmax's sums stay in
   float32, and so do the embedders, the first layer and, in image space, the last.
@@ -26,7 +26,6 @@ from diffit.models.image import DiffiTResBlock, ImageDiffiT
 from diffit.models.latent import DiffiT
 from diffit.nn.attention import TMSA, relative_position_bias
 from diffit.nn.block import DiffiTBlock
-from diffit.system.device import product_dtype
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm processors that multiply bf16
 
@@ -53,22 +52,8 @@ def compiles(device: torch.device) -> bool:
 
 
 def compiled(network: Any) -> Any:
-    """A network that is compiled at its first call, on CUDA to CUDA graphs: one a shape."""
+    """A network that is compiled at its first call, on CUDA to CUDA graphs: once for each shape of its inputs."""
     return torch.compile(network, mode="reduce-overhead", dynamic=False)
-
-
-def fast_network(model: nn.Module, precision: Precision, device: torch.device) -> Any:
-    """The network as `--fast True` calls it, prepared in place and, on CUDA, compiled.
-
-    Args:
-        model: a DiffiT or ImageDiffiT in eval mode, on the device.
-        precision: of its blocks.
-
-    Raises:
-        ValueError: see `prepare_for_sampling`.
-    """
-    prepared = prepare_for_sampling(model, product_dtype(precision))
-    return compiled(prepared) if compiles(device) else prepared
 
 
 @torch.no_grad()

@@ -31,8 +31,10 @@ class SampleConfig(ProcessSettings):
         device: where to run; auto takes a GPU if there is one.
         precision: of the network's products; norms, softmax's sums, guidance and sampler stay in fp32. By default fp32,
             and with --fast True the 16 bits that the device computes with.
+        compile: compile network and VAE with torch.compile, on CUDA to CUDA graphs; it takes a minute or so before the
+            first image. By default off, and with --fast True on where it pays, which is on CUDA.
         fast: for previews: 16-bit weights, the null half left out where guidance hardly acts (--guidance.skip_below
-            1e-3) and, on CUDA, network and VAE compiled. What it changes in the images is in docs/benchmarks.md.
+            1e-3) and, on CUDA, --compile True. What it changes in the images is in docs/benchmarks.md.
         save_png: also write every sample as a PNG file.
         overwrite: replace samples made with other settings.
         dry_run: print the resolved config and stop.
@@ -51,6 +53,7 @@ class SampleConfig(ProcessSettings):
     vae: str | None = setting(None, SAME)
     device: Device = setting("auto", SAME)
     precision: Precision | None = setting(None, SAME)
+    compile: bool | None = setting(None, SAME)
     fast: bool = setting(False, SAME)
     save_png: bool = setting(False, FREE)
     overwrite: bool = setting(False, FREE)

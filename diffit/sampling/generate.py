@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 import diffit
 from diffit.checkpoint.weights import load_weights
-from diffit.models.fast import compiles
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
-from diffit.sampling.images import ImageSampler, fitting_sampler, resolve_precision
+from diffit.sampling.images import ImageSampler, fitting_sampler, resolve_compile, resolve_precision
 from diffit.sampling.labels import class_names, resolve_labels
 from diffit.settings import SAME, settings_that
 from diffit.system import distributed
@@ -44,6 +43,7 @@ def generate(task: SampleTask) -> Path:
     """
     config, checkpoint, device = task.config, task.resolved, resolve_device(task.config.device)
     precision = resolve_precision(config.precision, config.fast, device)
+    compile = resolve_compile(config.compile, config.fast, device)
     set_matmul_precision(precision)
     names, null_label = class_names(checkpoint), checkpoint.network.num_classes
     classes = resolve_labels(config.class_labels or [], names)
@@ -55,7 +55,7 @@ def generate(task: SampleTask) -> Path:
 
     # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
     settings = {key: value for key, value in as_tree(config).items() if key in settings_that(SAME, SampleConfig)}
-    settings |= {"vae": checkpoint.codec.vae, "device": device.type, "precision": precision}
+    settings |= {"vae": checkpoint.codec.vae, "device": device.type, "precision": precision, "compile": compile}
     folder = SampleFolder(Path(config.log_dir or f"logs/{checkpoint.model}"), config.num_samples)
     with distributed.joined(device) as world:
         # Of a run that goes on, all ranks take the checkpoint that rank 0 found to be the newest.
@@ -65,8 +65,10 @@ def generate(task: SampleTask) -> Path:
             seconds_per_image = None  # unknown where nothing was left to sample
             if folder.finished() is None:
                 model = load_weights(source.fetch(), task.checkpoint).requires_grad_(False)
-                pictures = ImageSampler.create(model, checkpoint, device, precision=precision, fast=config.fast)
-                seconds_per_image = _sample_missing(pictures, config, classes, folder, world)
+                pictures = ImageSampler.create(
+                    model, checkpoint, device, precision=precision, fast=config.fast, compile=compile
+                )
+                seconds_per_image = _sample_missing(pictures, config, classes, folder, world, compile)
 
             def finish() -> Path:
                 """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""
@@ -100,10 +102,14 @@ def _circumstances(device: torch.device, world: World) -> dict[str, Any]:
 
 
 def _sample_missing(
-    pictures: ImageSampler, config: SampleConfig, classes: Sequence[int], folder: SampleFolder, world: World
+    pictures: ImageSampler,
+    config: SampleConfig,
+    classes: Sequence[int],
+    folder: SampleFolder,
+    world: World,
+    compiled: bool,
 ) -> float | None:
     """Fill the folder; returns the seconds per image, compilation included, or None if no image was missing."""
-    compiled = config.fast and compiles(pictures.codec.device)
     # Every rank takes every n-th batch of those that are missing.
     missing = distributed.on_main(world, folder.missing)
     mine = list(_batches(missing, config.batch_size))[world.rank :: world.size]

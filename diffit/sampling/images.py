@@ -7,16 +7,19 @@ H x W x C of an image.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.weights import load_model
@@ -25,9 +28,9 @@ from diffit.config import Precision
 from diffit.diffusion import SampleNoise, create_sampler, guided_model
 from diffit.diffusion.config import SKIP_BELOW, changed_sampling, check_process
 from diffit.diffusion.samplers import Sampler, SamplerState
-from diffit.models.fast import compiles, fast_network, fast_precision
+from diffit.models.fast import compiled, compiles, fast_precision, prepare_for_sampling
 from diffit.sampling.labels import class_names, resolve_labels
-from diffit.system.device import autocast, resolve_device, to_device
+from diffit.system.device import autocast, product_dtype, resolve_device, to_device
 
 Callback = Callable[[int, int, Tensor], Any]
 
@@ -83,6 +86,7 @@ class ImageSampler:
         *,
         precision: Precision | None = None,
         fast: bool = False,
+        compile: bool | None = None,
         codec: Codec | None = None,
     ) -> ImageSampler:
         """The sampler of a network in eval mode, which is moved to the device.
@@ -90,14 +94,16 @@ class ImageSampler:
         Args:
             config: what its checkpoint says; `load_model` returns both.
             precision: of matrix products; see `resolve_precision`.
-            fast: replace the network's blocks by faster ones, in place, and compile network and VAE on CUDA.
+            fast: replace the network's blocks by faster ones, in place.
+            compile: compile network and VAE; see `resolve_compile`.
             codec: on the device; by default the checkpoint's, which is loaded.
 
         Raises:
             ValueError: in one sentence, if settings or VAE do not fit the network, or the VAE cannot be loaded.
         """
         sampler = fitting_sampler(config)
-        codec = codec or create_codec(config.codec, device, compiled=fast and compiles(device))
+        compile = resolve_compile(compile, fast, device)
+        codec = codec or create_codec(config.codec, device, compiled=compile)
         if codec.latent_channels not in (None, config.network.in_channels):
             raise ValueError(
                 f"the VAE {config.codec.vae} has {codec.latent_channels} latent channels, {config.model} needs "
@@ -105,8 +111,8 @@ class ImageSampler:
             )
         precision = resolve_precision(precision, fast, device)
         model = model.to(device)
-        network = fast_network(model, precision, device) if fast else autocast(model, device, precision)
-        return cls(network, config, sampler, codec)
+        network = prepare_for_sampling(model, product_dtype(precision)) if fast else autocast(model, device, precision)
+        return cls(compiled(network) if compile else network, config, sampler, codec)
 
     def with_settings(self, **settings: Any) -> ImageSampler:
         """The same with other settings: `sampler`, `num_sampling_steps`, `cfg_scale`, `schedule` (of guidance).
@@ -152,6 +158,17 @@ class ImageSampler:
 def resolve_precision(precision: Precision | None, fast: bool, device: torch.device) -> Precision:
     """The precision that was asked for; else fp32 or, to be fast, the 16 bits that the device computes with."""
     return precision or (fast_precision(device) if fast else "fp32")
+
+
+def resolve_compile(compile: bool | None, fast: bool, device: torch.device) -> bool:
+    """What was asked for; else to compile where speed is asked for and it pays, which is on CUDA.
+
+    Raises:
+        ValueError: if the machine has nothing to compile with.
+    """
+    if compile and not (has_triton() if device.type == "cuda" else which(os.environ.get("CXX", "g++"))):
+        raise ValueError("--compile True needs Triton on a GPU and a C++ compiler elsewhere: leave --compile out")
+    return (fast and compiles(device)) if compile is None else compile
 
 
 def changed(

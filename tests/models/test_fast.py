@@ -13,7 +13,6 @@ from diffit.models.fast import (
     FastLinear,
     FastTMSA,
     compiled,
-    fast_network,
     fast_precision,
     prepare_for_sampling,
 )
@@ -206,7 +205,7 @@ def test_what_is_not_known_is_refused_and_left_alone(name, what):
     named = {"block": "DoubledBlock", "attention": "DoubledTMSA", "network": "Mine", "adaln": "AdaLNBlock"}[what]
     before = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=f"--fast does not know how to compute a {named}: leave --fast out"):
-        fast_network(model, "fp32", CPU)
+        prepare_for_sampling(model)
     assert [type(module) for module in model.modules()] == before
 
 
@@ -237,7 +236,7 @@ def test_full_width_on_a_gpu():
     variants = {
         "compiled": compiled(copy_of(model)),
         "autocast": autocast(model, device, "bf16"),
-        "fast": fast_network(copy_of(model), "bf16", device),
+        "fast": compiled(prepare_for_sampling(copy_of(model), torch.bfloat16)),
     }
     errors = {name: relative_error(call(x, t, y.to(device)).float(), exact) for name, call in variants.items()}
     set_matmul_precision("fp32")

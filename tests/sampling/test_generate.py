@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from shutil import which
 
 import numpy as np
 import pytest
 import torch
 
 from diffit.cli.sample import parse_sample
-from diffit.models.fast import fast_network
 from diffit.sampling.folder import SampleFolder
 from diffit.sampling.generate import generate, resolve_labels
+from diffit.sampling.images import resolve_compile
 from tests.conftest import ROOT
 from tests.small_models import CLASSES, save_small_checkpoint, save_small_vae
 
@@ -189,30 +190,63 @@ def test_the_precision_of_a_device(sample, monkeypatch, flags, precision):
     assert json.loads((sample("--num_samples 1")[2] / "manifest.json").read_text())["settings"]["precision"] == "fp32"
 
 
-def test_one_shape_where_the_network_is_compiled(sample, monkeypatch):
+@pytest.mark.parametrize("fast", ["--fast True", ""])
+def test_one_shape_where_the_network_is_compiled(sample, monkeypatch, fast):
     """A short batch is filled up for the network, and what was not asked for is not written."""
-    flags = "--num_samples 6 --batch_size 4 --fast True --precision fp32"
-    expected, labels, _ = sample(flags)
+    flags = f"--num_samples 6 --batch_size 4 --precision fp32 {fast}"
+    expected, labels, plain = sample(flags)
+    assert json.loads((plain / "manifest.json").read_text())["settings"]["compile"] is False
     sizes = set()
 
-    def spying(*arguments):
-        network = fast_network(*arguments)
-        network.register_forward_hook(lambda module, inputs, output: sizes.add(len(output)))
-        return network
+    def compiled(network):
+        def call(x, t, y):
+            sizes.add(len(x))
+            return network(x, t, y)
 
-    for module in ("images", "generate"):
-        monkeypatch.setattr(f"diffit.sampling.{module}.compiles", lambda device: True)
-    monkeypatch.setattr("diffit.sampling.images.fast_network", spying)
+        return call
+
+    monkeypatch.setattr("diffit.sampling.images.compiled", compiled)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **settings: None)
-    filled, same_labels, _ = sample(flags)
+    filled, same_labels, folder = sample(f"{flags} --compile True")
+    assert sizes
     assert sizes <= {4, 8}  # with the null half and without
     np.testing.assert_array_equal(same_labels, labels)
     share, largest = differing(expected, filled)
     assert share < 1e-3
     assert largest <= 1
     sizes.clear()
-    sample("--num_samples 2 --batch_size 4 --fast True --precision fp32")
+    sample(f"--num_samples 2 --batch_size 4 --compile True --precision fp32 {fast}")
     assert sizes <= {2, 4}  # no more than were asked for
+    assert json.loads((folder / "manifest.json").read_text())["settings"]["compile"] is True
+    with pytest.raises(ValueError, match=r"made with other settings \(compile: True, now False\)"):
+        sample(flags, folder)
+
+
+def test_fast_compiles_where_it_pays(monkeypatch):
+    assert [resolve_compile(asked, True, torch.device("cpu")) for asked in (None, False)] == [False, False]
+    monkeypatch.setattr("diffit.sampling.images.compiles", lambda device: True)
+    assert [resolve_compile(asked, True, torch.device("cuda")) for asked in (None, False)] == [True, False]
+    assert resolve_compile(None, False, torch.device("cuda")) is False
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="--compile True needs Triton on a GPU and a C"):
+        resolve_compile(True, False, torch.device("cpu"))
+
+
+@pytest.mark.skipif(which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow
+def test_compiled_samples_differ_by_rounding_alone(sample):
+    share, largest = differing(sample("--num_samples 2")[0], sample("--num_samples 2 --compile True")[0])
+    assert share < 1e-3
+    assert largest <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_samples_on_a_gpu(sample):
+    """By a sampler that remembers predictions: CUDA graphs write every one into the same memory."""
+    flags = "--device cuda --num_samples 2 --sampling.sampler dpm++ --sampling.num_sampling_steps 5"
+    share, largest = differing(sample(flags)[0], sample(f"{flags} --compile True")[0])
+    assert share < 0.05
+    assert largest <= 1
 
 
 def test_a_vae_that_does_not_fit(sample, tmp_path):
