@@ -242,7 +242,7 @@ def measure_sampling(
     def sample(name: str) -> None:
         network, config, precision = sampled[name]
         set_matmul_precision(precision)
-        images[name] = ImageSampler(network, config, sampler, codec).draw(range(batch), labels, _SEED)
+        images[name] = ImageSampler(network, config, sampler, codec, precision).draw(range(batch), labels, _SEED)
 
     whole = interleaved({name: partial(sample, name) for name in sampled}, device, max(1, rounds // 2), seconds)
     for name, row in zip(sampled, rows, strict=True):

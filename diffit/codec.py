@@ -136,7 +136,15 @@ def create_codec(
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; truncated, not rounded, as the published samples were."""
+    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; truncated, not rounded, as the published samples were.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    if not x.isfinite().all():
+        raise ValueError(
+            "an image has values that are not finite: use a smaller guidance scale, more bits, or intact weights"
+        )
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -109,10 +109,10 @@ def _ode_solver(process: DiffusionConfig, config: SamplingConfig, create: Callab
     """A multistep solver over the unrespaced process. A learned variance has no part in an ODE.
 
     Raises:
-        ValueError: if the number of steps is not an integer between 1 and T.
+        ValueError: if the number of steps is not an integer between 1 and T - 1.
     """
     diffusion = create_diffusion(**asdict(process))
-    num_steps = integer_steps(config, diffusion.num_timesteps)
+    num_steps = integer_steps(config, max(1, diffusion.num_timesteps - 1))  # of T, two would have the same timestep
 
     def states(model: Model, z: Tensor, noise: NoiseSource) -> Iterator[SamplerState]:
         x, betas = z, diffusion.betas

@@ -50,12 +50,14 @@ class ImageSampler:
         config: of the network: its size, process and guidance.
         sampler: of `create_sampler`, for that process.
         codec: from what the network sees to images.
+        precision: of the network's products, for errors to name.
     """
 
     network: Callable[..., Tensor]
     config: CheckpointConfig
     sampler: Sampler
     codec: Codec
+    precision: str = "fp32"
 
     @classmethod
     def load(
@@ -110,9 +112,10 @@ class ImageSampler:
                 f"{config.network.in_channels}: leave --vae out, or give one that fits"
             )
         precision = resolve_precision(precision, fast, device)
-        model = model.to(device)
+        weights = next(model.to(device).parameters()).dtype
         network = prepare_for_sampling(model, product_dtype(precision)) if fast else autocast(model, device, precision)
-        return cls(compiled(network) if compile else network, config, sampler, codec)
+        named = precision if weights == torch.float32 else str(weights).removeprefix("torch.")
+        return cls(compiled(network) if compile else network, config, sampler, codec, named)
 
     def with_settings(self, **settings: Any) -> ImageSampler:
         """The same with other settings: `sampler`, `num_sampling_steps`, `cfg_scale`, `schedule` (of guidance).
@@ -141,12 +144,25 @@ class ImageSampler:
         Args:
             indices: numbers i of the samples [B]; all random numbers of a sample depend on (seed, i).
             labels: int64 [B]; see `labels`.
+
+        Raises:
+            ValueError: after the last step, naming sample, step and precision, if a state was not finite.
         """
         network = self.config.network
         noise = SampleNoise(seed, indices, (network.in_channels, *2 * [network.input_size]), labels.device)
         process, guidance = self.config.process_config, self.config.guidance
         denoiser = guided_model(self.network, labels, network.num_classes, guidance, process, network.input_size)
-        yield from self.sampler(denoiser, noise.start(), noise)
+        failed = torch.zeros_like(labels)  # the first step of each sample that is not finite; 0 where all are
+        for state in self.sampler(denoiser, noise.start(), noise):
+            wrong = ~state.x.flatten(1).isfinite().all(1)
+            failed = torch.where(wrong & (failed == 0), state.step, failed)
+            if state.step == state.num_steps and (failed > 0).any():  # read here alone: no other step waits
+                first = int((failed > 0).int().argmax())
+                raise ValueError(
+                    f"sample {indices[first]} is not finite after step {failed[first]} of {state.num_steps} in "
+                    f"{self.precision}: use a smaller guidance scale, a --precision of more bits, or intact weights"
+                )
+            yield state
 
     @torch.no_grad()
     def draw(self, indices: Sequence[int], labels: Tensor, seed: int = 0) -> Tensor:

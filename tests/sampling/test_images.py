@@ -1,11 +1,15 @@
 """sample_images draws what sample.py draws, for the latent and the image-space model, and says what does not fit."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from diffit import ImageSampler, load_model, sample_images
+from diffit import DiffiTPipeline, ImageSampler, load_model, sample_images
 from diffit.cli.sample import parse_sample
+from diffit.diffusion.config import SAMPLERS, SamplingConfig
 from diffit.sampling.generate import generate
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae
 
@@ -137,3 +141,80 @@ def test_gradients_are_off_within_a_step_and_nowhere_else(checkpoints, kind):
     assert torch.is_grad_enabled()
     assert within
     assert not any(within)
+
+
+PROCESSES = {"gaussian": "latent", "edm": "image", "flow": "image"}
+
+
+@pytest.mark.parametrize(("process", "sampler"), [(name, each) for name in PROCESSES for each in SAMPLERS[name]])
+def test_a_state_that_is_not_finite_is_named(checkpoints, process, sampler):
+    """The network fails for one sample of three, at its last call but one."""
+    model, config = load_model(checkpoints[PROCESSES[process]])
+    sampling = SamplingConfig(sampler, 5)
+    guidance = replace(config.guidance, enabled=False)
+    config = replace(config, process=process, sampling=sampling, guidance=guidance)
+    pictures, calls = ImageSampler.create(model, config, torch.device("cpu"), precision="bf16"), []
+    states = list(pictures.states(range(7, 10), torch.tensor([0, 1, 2])))
+    assert len(states) == 5
+
+    def counting(x, t, y):
+        calls.append(len(x))
+        return torch.zeros(len(x), 2 * x.shape[1] if process == "gaussian" else x.shape[1], *x.shape[2:])
+
+    def failing(x, t, y):
+        output = counting(x, t, y)
+        output[1] = float("nan") if len(calls) == total - 1 else 0
+        return output
+
+    list(replace(pictures, network=counting).states(range(7, 10), torch.tensor([0, 1, 2])))
+    total, calls = len(calls), []
+    with pytest.raises(ValueError, match=r"sample 8 is not finite after step [45] of 5 in bf16: use a smaller"):
+        replace(pictures, network=failing).draw(range(7, 10), torch.tensor([0, 1, 2]))
+    assert len(calls) == total  # all steps were taken: none waited for the device
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+@pytest.mark.parametrize("door", ["sample_images", "pipeline", "page"])
+def test_no_door_draws_a_black_picture(checkpoints, kind, door):
+    """A scale without bounds is refused, and so is what a damaged network draws."""
+    if door == "sample_images":
+        model, config = load_model(checkpoints[kind])
+        draw = partial(sample_images, model, config, 1)
+    elif door == "pipeline":
+        pipeline = DiffiTPipeline.from_pretrained(checkpoints[kind])
+        model = pipeline.transformer
+
+        def draw(cfg_scale=None):
+            return pipeline([1], guidance_scale=cfg_scale)
+    else:
+        demo = pytest.importorskip("diffit.demo", reason="needs Gradio")
+        pictures = ImageSampler.load(checkpoints[kind], device="cpu")
+        model = pictures.network
+
+        def draw(cfg_scale=None):
+            return list(demo.denoise(pictures, {"seed": 0, "cfg_scale": cfg_scale}))
+
+    for scale in (1e30, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"guidance\.scale"):
+            draw(cfg_scale=scale)
+    draw()
+    next(parameter for parameter in model.parameters() if parameter.is_floating_point()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"not finite.*: use a smaller guidance scale"):
+        draw()
+
+
+def test_a_vae_that_fails_is_no_black_picture(checkpoints):
+    model, config = load_model(checkpoints["latent"])
+    pictures = ImageSampler.create(model, config, torch.device("cpu"))
+    next(iter(pictures.codec.vae.decoder.parameters())).data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="an image has values that are not finite"):
+        pictures.draw(range(2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_solvers_take_less_steps_than_there_are_timesteps(checkpoints, sampler):
+    model, config = load_model(checkpoints["latent"])
+    config = replace(config, diffusion=replace(config.diffusion, diffusion_steps=25))
+    sample_images(model, config, 1, sampler=sampler, num_sampling_steps=24)
+    with pytest.raises(ValueError, match="takes a number of steps between 1 and 24, not '25'"):
+        sample_images(model, config, 1, sampler=sampler, num_sampling_steps=25)
