@@ -142,9 +142,7 @@ def to_uint8(x: Tensor) -> Tensor:
         ValueError: if a value is not finite.
     """
     if not x.isfinite().all():
-        raise ValueError(
-            "an image has values that are not finite: use a smaller guidance scale, more bits, or intact weights"
-        )
+        raise ValueError("an image is not finite: use a smaller guidance scale, more bits, or intact weights")
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

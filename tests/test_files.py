@@ -1,6 +1,7 @@
 """Locks: one command per folder, as two processes see it."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +43,25 @@ def test_a_dead_holders_folder_is_taken_over_and_left_clean(tmp_path, holder):
     with exclusive(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_that_is_deleted_meanwhile_is_said(tmp_path, anew):
+    """Also if it is there again: its lock is then another's, and stays."""
+    folder = tmp_path / "run"
+
+    def work():
+        with exclusive(folder):
+            shutil.rmtree(folder)
+            if anew:
+                folder.mkdir()
+                (folder / ".lock").write_text("of another")
+
+    with pytest.raises(
+        ValueError, match="run was deleted while it was written to: what was in it is lost, start again"
+    ):
+        work()
+    assert (folder / ".lock").exists() == anew
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

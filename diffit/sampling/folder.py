@@ -8,6 +8,8 @@ Letters: N samples, B samples of a shard, H x W x C of an image.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -15,6 +17,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,48 +33,68 @@ _ADVICE = "free some space and run the same command again"
 class SampleFolder:
     """The samples of one command.
 
+    Shards are named by a key, the hash of the settings and of the folder's generation, which --overwrite makes anew:
+    what a rank of an older command still writes is not read.
+
     Args:
         path: the folder; created by `prepare`.
         num_samples: N.
+        key: of the command, which `prepare` returns.
     """
 
-    def __init__(self, path: Path, num_samples: int) -> None:
+    def __init__(self, path: Path, num_samples: int, key: str = "") -> None:
         self.path = path
         self.num_samples = num_samples
+        self.key = key
         self.shards = path / "shards"
 
-    def prepare(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder ready for these settings; samples already made with the same ones stay.
+    def prepare(self, settings: dict[str, Any], overwrite: bool) -> str:
+        """Make the folder ready for these settings; samples already made with the same ones stay. Returns the key.
 
         Raises:
             ValueError: if it holds samples of other settings and overwrite is False, or cannot be written.
         """
-        try:
+        with explained_write(f"samples to {self.path}", "choose another --log_dir"):
             self.path.mkdir(parents=True, exist_ok=True)
-            found = self.read_manifest().get("settings")
+            try:
+                manifest = self.read_manifest()
+                found = manifest.get("settings")
+                what = "no manifest says how" if found is None else difference(found, settings)
+            except ValueError:
+                manifest, found, what = {}, None, f"{MANIFEST} is damaged and does not say how"
             if found != settings:
                 made = any(self.path.glob("samples_*.npz")) or any(self.shards.glob("*.npz"))
                 if made and not overwrite:
-                    what = "no manifest says how" if found is None else difference(found, settings)
                     raise ValueError(
                         f"{self.path} holds samples made with other settings ({what}): choose another --log_dir, or "
                         "add --overwrite True to replace them"
                     )
                 # What this program writes goes, and nothing else.
-                self.discard_shards()
-                shutil.rmtree(self.path / "png", ignore_errors=True)
+                for folder in (self.shards, self.path / "png"):
+                    shutil.rmtree(folder, ignore_errors=True)
                 for file in (*self.path.glob("samples_*.npz"), self.path / GRID, self.path / MANIFEST):
                     file.unlink(missing_ok=True)
-                self.write_manifest({"settings": settings, "complete": False})
+                manifest = {"settings": settings, "complete": False, "generation": uuid4().hex}
+                self.write_manifest(manifest)
             for leftover in self.shards.glob("*.part"):
                 leftover.unlink()
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot write samples to {self.path} ({error}): choose another --log_dir") from error
+        self.key = _key(manifest)
+        return self.key
 
     def read_manifest(self) -> dict[str, Any]:
-        """What `write_manifest` wrote; empty if there is none."""
+        """What `write_manifest` wrote; empty if there is none.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         path = self.path / MANIFEST
-        return json.loads(path.read_text()) if path.exists() else {}
+        if not path.exists():
+            return {}
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            manifest = json.loads(path.read_bytes())
+            if isinstance(manifest["settings"], dict):
+                return manifest
+        raise ValueError(f"{path} is damaged: put an intact copy in its place, or sample anew into another folder")
 
     def finished(self) -> Path | None:
         """The .npz of all samples, if it is there."""
@@ -86,9 +109,17 @@ class SampleFolder:
         return [index for index in range(self.num_samples) if index not in done]
 
     def _sorted_shards(self) -> list[tuple[int, int, Path]]:
-        """(first sample, count, file) of every shard."""
-        names = [(file.stem.split("-"), file) for file in self.shards.glob("*.npz")]
-        return sorted((int(first), int(count), file) for (first, count), file in names)
+        """(first sample, count, file) of every shard of this command."""
+        names = [(file.stem.split("-"), file) for file in self.shards.glob(f"*-*-{self.key}.npz")]
+        return sorted((int(first), int(count), file) for (first, count, _), file in names)
+
+    def check_owner(self) -> None:
+        """Before something is written: raise ValueError if the folder is gone, or another command has taken it over."""
+        if _key(self.read_manifest()) != self.key:
+            raise ValueError(
+                f"{self.path} was deleted, or taken over by another command, while samples were made: start the same "
+                "command again, or choose another --log_dir"
+            )
 
     def add(self, first: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         """Write samples first, first + 1, ...; images [B, H, W, C], labels [B].
@@ -100,16 +131,29 @@ class SampleFolder:
         np.savez(buffer, images=images, labels=labels)
         with explained_write(f"to {self.shards}", f"{_ADVICE}, it continues from here"):
             self.shards.mkdir(exist_ok=True)
-            write_atomically(self.shards / f"{first:08d}-{len(images):05d}.npz", buffer.getvalue())
+            write_atomically(self.shards / f"{first:08d}-{len(images):05d}-{self.key}.npz", buffer.getvalue())
 
     def stream(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-        """Images [B, H, W, C] and labels [B] of all shards in order; a sample that two shards hold comes once."""
-        next_index = 0
-        for first, count, file in self._sorted_shards():
+        """Images [B, H, W, C] and labels [B] of all shards in order; a sample that two shards hold comes once.
+
+        Raises:
+            ValueError: if samples are missing, or a shard is damaged.
+        """
+        next_index, shape = 0, ()
+        for first, count, file in [*self._sorted_shards(), (self.num_samples, 0, self.shards)]:
+            if first > next_index:
+                raise ValueError(f"{self.shards} lacks samples {next_index} to {first - 1}: run the same command again")
             skip = next_index - first
             if skip < count:
-                with np.load(file) as shard:
-                    yield shard["images"][skip:], shard["labels"][skip:]
+                try:
+                    with np.load(file) as shard:
+                        images, labels = shard["images"], shard["labels"]
+                    shape = shape or images.shape[1:]
+                    if images.shape != (count, *shape) or labels.shape != (count,):
+                        raise ValueError("other samples than its name says")
+                except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                    raise ValueError(f"{file} is damaged: delete it and run the same command again") from error
+                yield images[skip:], labels[skip:]
                 next_index = first + count
 
     def merge(self, with_labels: bool) -> Path:
@@ -118,7 +162,7 @@ class SampleFolder:
         Equal samples give equal bytes. The shards stay until `discard_shards`.
 
         Raises:
-            ValueError: if the disk is full.
+            ValueError: if the disk is full, samples are missing, or a shard is damaged.
         """
         shape = (self.num_samples, *next(self.stream())[0].shape[1:])
         path = self.path / f"samples_{'x'.join(map(str, shape))}.npz"
@@ -134,8 +178,27 @@ class SampleFolder:
         return path
 
     def discard_shards(self) -> None:
-        """Remove the shards, once the file that holds them all is in place."""
+        """Remove the shards, once the file that holds them all has been read back whole.
+
+        Raises:
+            ValueError: if that file is damaged; the shards stay.
+        """
+        path = self.finished()
+        if path is None or not self.shards.exists():
+            return
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # the first array that is not as its checksum says
+                    raise zipfile.BadZipFile
+        except (OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged: delete it and run the same command again") from error
         shutil.rmtree(self.shards, ignore_errors=True)
+
+
+def _key(manifest: dict[str, Any]) -> str:
+    """The hash of a manifest's settings and generation; empty without a manifest."""
+    parts = {name: manifest.get(name) for name in ("settings", "generation")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16] if manifest else ""
 
 
 def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:

@@ -61,7 +61,7 @@ def generate(task: SampleTask) -> Path:
         # Of a run that goes on, all ranks take the checkpoint that rank 0 found to be the newest.
         source, settings["weights_sha256"] = distributed.on_main(world, lambda: (task.source, task.source.sha256()))
         with distributed.main_only(world, exclusive(folder.path)):
-            distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
+            folder.key = distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
             seconds_per_image = None  # unknown where nothing was left to sample
             if folder.finished() is None:
                 model = load_weights(source.fetch(), task.checkpoint).requires_grad_(False)
@@ -72,6 +72,7 @@ def generate(task: SampleTask) -> Path:
 
             def finish() -> Path:
                 """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""
+                folder.check_owner()
                 path = folder.finished()
                 if path is None:
                     pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
@@ -157,6 +158,7 @@ def _background() -> Iterator[Callable[..., None]]:
 def _save(folder: SampleFolder, config: SampleConfig, indices: range, images: Tensor, labels: Tensor) -> None:
     """Write a batch, without what filled it up; waits for the device."""
     pixels, classes = (tensor[: len(indices)].cpu().numpy() for tensor in (images, labels))
+    folder.check_owner()
     if config.save_png:  # before the shard, which says that these samples are done
         save_pngs(folder.path / "png", indices[0], pixels)
     folder.add(indices[0], pixels, classes)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -19,6 +24,7 @@ T = TypeVar("T")
 
 # For rank 0 alone to download, encode or look at images, and for ranks that sample at their own pace, all wait long.
 _PATIENCE = timedelta(days=7)
+_GRACE = 10.0  # seconds from the end of rank 0 or the launcher to that of the other ranks
 
 
 def start(device: torch.device, minutes: float = 10.0) -> World:
@@ -33,11 +39,7 @@ def start(device: torch.device, minutes: float = 10.0) -> World:
     if world.size == 1:
         return world
     if not dist.is_initialized():
-        if "RANK" not in os.environ:  # tasks of Slurm meet on the first host of its list, 'gpu03' of 'gpu[03-07,9]'
-            nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
-            host = re.sub(r"^([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?.*$", lambda m: m[1] + (m[2] or ""), nodes)
-            os.environ.setdefault("MASTER_ADDR", host)
-            os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", 0)) % 1000))
+        _meeting_point()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(minutes=minutes)
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
@@ -67,11 +69,60 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def joined(device: torch.device, minutes: float = 10.0) -> Iterator[World]:
-    """`start` for a block, and `stop` at its end."""
-    try:
-        yield start(device, minutes)
-    finally:
-        stop()
+    """`start` for a block, and `stop` at its end; within, the rank ends when rank 0 or its launcher is gone."""
+    with watching(detect_world(), minutes):
+        try:
+            yield start(device, minutes)
+        finally:
+            stop()
+
+
+def _meeting_point() -> tuple[str, int]:
+    """Host and port of the store by which ranks find one another: torchrun's, else of rank 0."""
+    if "RANK" not in os.environ:  # tasks of Slurm meet on the first host of its list, 'gpu03' of 'gpu[03-07,9]'
+        nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+        host = re.sub(r"^([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?.*$", lambda m: m[1] + (m[2] or ""), nodes)
+        os.environ.setdefault("MASTER_ADDR", host)
+        os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", 0)) % 1000))
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+@contextlib.contextmanager
+def watching(world: World, minutes: float) -> Iterator[None]:
+    """Around the work of a rank: its process ends when its launcher, or who holds the store, is gone.
+
+    Ranks that sample or encode wait for nobody: they would go on for hours, in a folder that is another's by then.
+
+    Raises:
+        ValueError: if the store cannot be reached: its holder was gone before this rank had imported its libraries.
+    """
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the store is torchrun's, from the beginning
+    if world.size == 1 or (world.is_main and not launched):
+        yield
+        return
+    parent, left, deadline = os.getppid(), threading.Event(), time.monotonic() + (_GRACE if launched else 60 * minutes)
+    holder = None
+    while holder is None:
+        try:
+            holder = socket.create_connection(_meeting_point(), timeout=_GRACE)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError("rank 0 or its launcher is gone: start the same command again") from error
+            time.sleep(0.5)
+
+    def watch() -> None:
+        while not left.wait(1):
+            gone = os.getppid() != parent or select.select([holder], [], [], 0)[0]  # closed at the other end
+            if gone and not left.wait(_GRACE):  # at the end of the work, rank 0 may be the first to leave
+                print(f"rank {world.rank} ends, as rank 0 or its launcher is gone", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    with holder:
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
 
 
 def barrier(world: World) -> None:

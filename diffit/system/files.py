@@ -85,8 +85,15 @@ def exclusive(folder: Path, name: str = "") -> Iterator[None]:
     do not inherit it, and network file systems know it.
 
     Raises:
-        ValueError: naming host and process of who has it, or if the folder cannot be written to.
+        ValueError: naming host and process of who has it, or if the folder cannot be written to; at the end of the
+            block, if the folder was deleted meanwhile.
     """
+
+    def is_mine() -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return False
+
     if fcntl is None:
         yield
         return
@@ -105,7 +112,7 @@ def exclusive(folder: Path, name: str = "") -> Iterator[None]:
                 f"{folder / name} is in use by {holder}: wait for it or stop it, or choose another"
                 f"{'' if name else ' folder'}"
             ) from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if is_mine():
             break
         file.close()  # its last holder has just removed it
     with file:
@@ -117,8 +124,11 @@ def exclusive(folder: Path, name: str = "") -> Iterator[None]:
                 leftover.unlink(missing_ok=True)
         try:
             yield
+            if not is_mine():
+                raise ValueError(f"{folder} was deleted while it was written to: what was in it is lost, start again")
         finally:
-            path.unlink(missing_ok=True)
+            if is_mine():
+                path.unlink()
 
 
 @contextlib.contextmanager

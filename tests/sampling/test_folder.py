@@ -1,5 +1,6 @@
 """Shards, the merged file and the refusals of a sample folder."""
 
+import itertools
 import resource
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_missing_and_leftovers(folder):
     (folder.shards / "00000005-00002.npz.123.part").write_bytes(b"half")
     assert folder.missing() == [0, 1, 5, 6, 7, 8, 9]
     folder.prepare({"seed": 0}, overwrite=False)
-    assert [path.name for path in folder.shards.iterdir()] == ["00000002-00003.npz"]
+    assert [path.name for path in folder.shards.iterdir()] == [f"00000002-00003-{folder.key}.npz"]
 
 
 def test_other_settings_are_refused_and_named(folder):
@@ -97,6 +98,74 @@ def test_a_run_that_made_nothing_stands_in_nobodys_way(folder):
     folder.add(0, images_of(0, 1), labels_of(0, 1))
     with pytest.raises(ValueError, match="seed: 1, now 2"):
         folder.prepare({"seed": 2}, overwrite=False)
+
+
+def test_a_rank_of_an_older_command_is_nobodys(folder):
+    """Another command has taken the folder over, or the same one anew: what the orphan writes is not merged."""
+    folder.add(0, images_of(0, 2), labels_of(0, 2))
+    orphan = SampleFolder(folder.path, 10, folder.key)
+    orphan.check_owner()
+    again = SampleFolder(folder.path, 10)
+    assert again.prepare({"seed": 0}, overwrite=False) == folder.key  # a restart goes on with what was made
+    assert again.missing() == list(range(2, 10))
+    other = SampleFolder(folder.path, 10)
+    for settings in ({"seed": 1}, {"seed": 0}):
+        assert other.prepare(settings, overwrite=True) not in ("", folder.key)
+        orphan.add(2, images_of(100, 8), labels_of(100, 8))
+        with pytest.raises(ValueError, match="was deleted, or taken over by another command"):
+            orphan.check_owner()
+        assert other.missing() == list(range(10))
+    other.add(0, images_of(0, 10), labels_of(0, 10))
+    with np.load(other.merge(with_labels=False)) as samples:
+        np.testing.assert_array_equal(samples["arr_0"], images_of(0, 10))
+
+
+@pytest.mark.parametrize("hidden", [(0, 2), (3, 3), (6, 4)])
+def test_a_gap_is_refused(folder, hidden):
+    """As where a network file system does not list a file yet: nothing is merged, and nothing deleted."""
+    shards = [(0, 2), (2, 1), (3, 3), (6, 4)]
+    for first, count in shards:
+        if (first, count) != hidden:
+            folder.add(first, images_of(first, count), labels_of(first, count))
+    with pytest.raises(ValueError, match=rf"lacks samples {hidden[0]} to {sum(hidden) - 1}: run the same command"):
+        folder.merge(with_labels=True)
+    assert folder.finished() is None
+    assert len(list(folder.shards.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("of", "what"),
+    [*itertools.product(("shard", "file"), ("cut", "flipped", "not an archive")), ("shard", "short")],
+)
+def test_a_damaged_file_costs_no_sample(folder, of, what):
+    """It is named; shards go only when the file of all samples has been read back whole."""
+    for first in (0, 5):
+        folder.add(first, images_of(first, 5), labels_of(first, 5))
+    path = folder.merge(with_labels=True) if of == "file" else min(folder.shards.iterdir())
+    content = bytearray(path.read_bytes())
+    if what == "short":
+        np.savez(path, images=images_of(0, 3), labels=labels_of(0, 5))
+    else:
+        middle = len(content) // 2
+        damaged = {"cut": content[:middle], "not an archive": b"<html>"}
+        content[middle] ^= 1
+        path.write_bytes(damaged.get(what, content))
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged: delete it and run the same command again"):
+        folder.discard_shards() if of == "file" else folder.merge(with_labels=True)
+    assert len(list(folder.shards.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b'{"settings": {"se', b"[]", b'{"settings": 3}', b"{}", b"\xff\xfe", b"null"])
+def test_a_damaged_manifest_is_one_sentence(folder, content):
+    manifest = folder.path / "manifest.json"
+    folder.add(0, images_of(0, 1), labels_of(0, 1))
+    manifest.write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        folder.read_manifest()
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged and does not say how\): choose another --log_dir"):
+        folder.prepare({"seed": 0}, overwrite=False)
+    folder.prepare({"seed": 0}, overwrite=True)
+    assert folder.read_manifest()["settings"] == {"seed": 0}
 
 
 def test_difference():
@@ -140,7 +209,8 @@ def test_a_full_disk(tmp_path, step):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "free some space and run the same command again" in result.stdout, result.stderr
     left = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
-    shards = [f"{first:08d}-00010.npz" for first in range(0, 100, 10)] if step == "merge" else []
+    key = SampleFolder(tmp_path / "out", 100).prepare({}, overwrite=False)
+    shards = [f"{first:08d}-00010-{key}.npz" for first in range(0, 100, 10)] if step == "merge" else []
     assert left == [*shards, "manifest.json"]
 
 

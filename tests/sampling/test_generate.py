@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from diffit.cli.sample import parse_sample
+from diffit.sampling import generate as generate_module
 from diffit.sampling.folder import SampleFolder
 from diffit.sampling.generate import generate, resolve_labels
 from diffit.sampling.images import resolve_compile
@@ -124,13 +126,29 @@ def test_an_interrupted_run_ends_with_the_same_file(sample, tmp_path):
 
     folder = tmp_path / "interrupted"
     settings = json.loads((whole / "manifest.json").read_text())["settings"]
-    SampleFolder(folder, 10).prepare(settings, overwrite=False)
+    interrupted = SampleFolder(folder, 10)
+    interrupted.prepare(settings, overwrite=False)
     with np.load(whole / "samples_10x16x16x3.npz") as file:  # two of the four batches were made
         for first, count in ((0, 3), (6, 3)):
             part = slice(first, first + count)
-            SampleFolder(folder, 10).add(first, file["arr_0"][part], file["arr_1"][part])
+            interrupted.add(first, file["arr_0"][part], file["arr_1"][part])
     sample("--num_samples 10 --batch_size 3", folder)
     assert (folder / "samples_10x16x16x3.npz").read_bytes() == expected
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_folder_deleted_on_the_way_is_said(sample, tmp_path, monkeypatch, last):
+    save, folder = generate_module._save, tmp_path / "deleted"
+
+    def save_and_delete(into, config, indices, *batch):
+        save(into, config, indices, *batch)
+        if (indices[-1] == 3) == last:
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(generate_module, "_save", save_and_delete)
+    with pytest.raises(ValueError, match="deleted was deleted, or taken over"):
+        sample("--num_samples 4 --batch_size 2 --save_png True", folder)
+    assert not list(folder.glob("*"))
 
 
 def test_killed_after_the_file_before_the_manifest(sample):
