@@ -15,8 +15,8 @@ class ImagesConfig:
 
     Args:
         name: folder (or ZIP; one subfolder per class, or none, or as EDM's dataset_tool has it), or a known data set.
-        path: the folder or ZIP; of a known data set the folder of its files, by default an installed copy, or else it
-            is downloaded to data/.
+        path: the folder, ZIP or Parquet file; of a known data set the folder of its files, by default an installed
+            copy, or else it is downloaded to data/.
         workers: worker processes that read images, for each rank; never more than there are cores.
         skip_unreadable: name and leave out images that cannot be read, rather than stop.
     """

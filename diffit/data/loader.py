@@ -202,17 +202,23 @@ def _in_class_order(data: TrainingSet, run_dir: Path) -> TrainingSet:
 
 
 def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path, world: World) -> LatentCache:
-    """A finished cache, if it is of the data set that the config names or if it names none; else one is made."""
-    finished = distributed.on_main(world, (folder / MANIFEST).exists)
-    if finished and config.name == "folder" and config.path is None:
-        return open_cache(folder)
+    """A finished cache, if it is of the data set that the config names or if that is not there; else one is made."""
     channels = codec.image_channels
-    images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
-    if finished:
+    if distributed.on_main(world, (folder / MANIFEST).exists):
         cache = open_cache(folder)
-        if cache.settings.data != images.source.fingerprint():
+
+        def fits() -> bool:
+            if config.name == "folder" and not (config.path and Path(config.path).expanduser().exists()):
+                if config.path:  # of a recipe, say: a finished cache needs no images
+                    print(f"there are no images at {config.path}: the latents in {folder} are taken as theirs")
+                return True
+            images = open_images(config.name, config.path, image_size, channels)
+            return images.source.fingerprint() == cache.settings.data
+
+        if not distributed.on_main(world, fits):
             raise ValueError(f"the latents in {folder} are of other images: choose another --data.cache or --run_dir")
         return cache
+    images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
     return encode_images(
         *(images, codec, folder),
         flip=config.flip,

@@ -250,7 +250,7 @@ def test_nothing_but_unreadable_images(codec, tmp_path):
         encode(open_images("folder", str(tmp_path), 16, 3), codec, tmp_path / "cache", skip_unreadable=True)
 
 
-def test_training_makes_finds_and_needs_only_the_cache(cache, codec, pictures, tmp_path):
+def test_training_makes_finds_and_needs_only_the_cache(cache, codec, pictures, tmp_path, capsys):
     def prepare(**settings):
         config = DataConfig(**{"workers": 0} | settings)
         return open_training_set(config, codec, 16, 4, seed=0, run_dir=tmp_path / "run", world=World())
@@ -260,6 +260,8 @@ def test_training_makes_finds_and_needs_only_the_cache(cache, codec, pictures, t
     assert made.class_names == ("cat", "dog")
     assert len(prepare().labels) == 11
     assert len(prepare(cache=str(cache.folder), flip=False).labels) == 11  # of other shards, and with both flips
+    assert len(prepare(path="imagenet/train", cache=str(cache.folder)).labels) == 11  # as a recipe names it
+    assert "there are no images at imagenet/train: the latents in" in capsys.readouterr().out
     others = write_pictures(tmp_path / "others", {"bird": 2})
     with pytest.raises(ValueError, match="are of other images"):
         prepare(path=str(others))
