@@ -6,19 +6,27 @@ Letters: B batch, c latent channels, h = w latent side, C image channels, H = W 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from diffit.config import PIXELS, STABILITY_VAE, CodecConfig
 from diffit.system.files import first_line, quiet_hub
+from diffit.system.ranks import detect_world
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 BUNDLED_VAES = {"Diffit-Fashion-VAE": Path(__file__).parent / "bundled" / "diffit_fashion_vae"}
+_STABILITY_CONFIG = {
+    "latent_channels": 4,
+    "out_channels": 3,
+    "block_out_channels": [128, 256, 512, 512],
+    "sample_size": 256,
+}
 _PIXELS_AT_ONCE = 1 << 20  # 16 images of 256 x 256, 4 of 512 x 512
 
 
@@ -144,6 +152,34 @@ def to_uint8(x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise ValueError("an image is not finite: use a smaller guidance scale, more bits, or intact weights")
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def vae_config(reference: str) -> dict[str, Any]:
+    """The config of a VAE that is on this machine; for one of the Hub, that of Stability's."""
+    file = BUNDLED_VAES.get(reference, Path(reference)) / "config.json"
+    try:
+        return _STABILITY_CONFIG | json.loads(file.read_text())
+    except OSError:
+        return _STABILITY_CONFIG
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({first_line(error)}): copy the VAE again") from error
+
+
+def vae_is_at_hand(repo_id: str) -> bool:
+    """Whether a VAE of the Hub is in its cache, or the Hub answers within seconds.
+
+    Of several ranks none asks the Hub, as they must all come to the same answer.
+    """
+    from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repo_id, "config.json"), str):
+        return True
+    if constants.HF_HUB_OFFLINE or detect_world().size > 1:
+        return False
+    try:
+        return bool(get_session().head(hf_hub_url(repo_id, "config.json"), timeout=3).status_code < 400)
+    except Exception:  # the client's own, or those of requests or httpx, by its version
+        return False
 
 
 def _load_vae(reference: str):  # type: ignore[no-untyped-def]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -16,7 +16,13 @@ from diffit.cli.parser import build, given_arguments, parse, split_flags
 from diffit.cli.run import one_sentence
 from diffit.cli.settings import Command
 from diffit.config import PIXELS
-from diffit.diffusion.config import check_process, fitting_processes
+from diffit.diffusion.config import (
+    ProcessConfig,
+    ProcessSettings,
+    check_process,
+    fitting_processes,
+    unread_settings,
+)
 from diffit.models.config import DiffiTConfig, model_config
 from diffit.settings import SAME, settings_that
 from diffit.system.files import as_tree
@@ -46,12 +52,7 @@ def main() -> int:
     """Parse, train, print where the weights are; returns 75 if a signal stopped the run."""
     task, world = parse_train(), detect_world()
     if task.config.dry_run:
-        from diffit.system.device import resolve_device
-        from diffit.training.estimate import report
-
-        cost = report(task.config, world.size, resolve_device(task.config.device))
-        print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
-        print("\n".join(f"# {line}" for line in cost.splitlines()))
+        _dry_run(task.config, world.size)
         return 0
     check_data(task.config)
     from diffit.training.loop import train
@@ -68,11 +69,46 @@ def main() -> int:
     return 0
 
 
+def _dry_run(config: TrainConfig, ranks: int) -> None:
+    """Print the settings that apply, and as comments what the images are and what the run costs."""
+    from diffit.codec import vae_config
+    from diffit.data.datasets import ImageDataset
+    from diffit.data.files import find_pictures
+    from diffit.system.device import resolve_device
+    from diffit.training.defaults import describe
+    from diffit.training.estimate import report
+
+    network, lines = model_config(config.model, **config.network), list[str]()
+    class_names = ("",) * (10 if config.data.name != "folder" else network.num_classes)  # images may be elsewhere
+    if config.data.name == "folder" and config.data.path and Path(config.data.path).expanduser().exists():
+        pixels = config.codec.vae == PIXELS
+        channels = network.in_channels if pixels else vae_config(config.codec.vae)["out_channels"]
+        images = ImageDataset(find_pictures(config.data.path), network.input_size * config.codec.factor, channels)
+        class_names = images.class_names
+        lines = [str(images.source), *images.remarks(), *describe(config, class_names, len(images))]
+    lines += report(config, class_names, ranks, resolve_device(config.device)).splitlines()
+    tree, process = as_tree(config), config.process_config
+    for each in fields(ProcessSettings):
+        if isinstance(each.default, get_args(ProcessConfig)) and getattr(config, each.name) is not process:
+            del tree[each.name]
+    if not config.evaluation.every:
+        del tree["evaluation"]
+    for key in unread_settings(config.process, config.sampling.sampler):
+        del tree["sampling"][key]
+    print(yaml.safe_dump(tree, sort_keys=False), end="")
+    print("\n".join(f"# {line}" for line in lines))
+
+
 @one_sentence()
-def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
-    """Resolve train.py's command line. Ends the program with one sentence and exit code 2 if it cannot be."""
+def parse_train(argv: Sequence[str] | None = None, device: str | None = None) -> TrainTask:
+    """Resolve train.py's command line. Ends the program with one sentence and exit code 2 if it cannot be.
+
+    device: the kind of device to choose settings for; by default that of --device.
+    """
     arguments = given_arguments(COMMAND, argv)
     given = parse(COMMAND, arguments)
+    if not {"model", "init_from"} & given.keys() and all(flag != "--config" for flag, _, _ in split_flags(arguments)):
+        given = _completed(given, arguments, device)
     known, own = _followed(given)
     follows = {"model": known.model, "codec.vae": known.codec.vae, "codec.factor": known.codec.factor}
     follows |= known.recommended(given.get("sampling.sampler")) if given.get("init_from") else {}
@@ -82,6 +118,29 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainTask:
     _check(config)
     recipes = [values[0] for flag, values, _ in split_flags(arguments) if flag == "--config"]
     return TrainTask(config, (recipes or ["command line"])[0])
+
+
+def _completed(given: dict[str, Any], arguments: Sequence[str], device: str | None) -> dict[str, Any]:
+    """The settings where no model and no recipe is named: those of the run so far, or what fits images and machine."""
+    path = given.get("data.path")
+    root = Path(path).expanduser().resolve() if path else None
+    run_dir = given.get("run_dir", f"runs/{root.stem or 'train'}" if root else TrainConfig.run_dir)
+    recorded = Path(run_dir) / "config.yaml"
+    if recorded.is_file():
+        before = parse(COMMAND, ["--config", str(recorded)])
+        if "run_dir" not in given and root and root != Path(before.get("data.path") or "").expanduser().resolve():
+            raise ValueError(
+                f"{run_dir} holds a run of other images, {before.get('data.path')}: name another --run_dir"
+            )
+        return parse(COMMAND, ["--config", str(recorded), *arguments]) | {"run_dir": run_dir}
+    if root is None or not root.exists() or given.get("data.name", "folder") != "folder" or "data.cache" in given:
+        return given
+    from diffit.data.files import find_pictures
+    from diffit.system.device import resolve_device
+    from diffit.training.defaults import choose_settings
+
+    kind = device or resolve_device(given.get("device", "auto")).type
+    return choose_settings(find_pictures(root), given, kind) | {"run_dir": run_dir}
 
 
 def _followed(given: Mapping[str, Any]) -> tuple[CheckpointConfig, dict[str, Any]]:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from diffit.data.config import DataName
 from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
 from diffit.data.sampler import Key
 from diffit.system.files import first_line, npy_bytes, write_atomically
+from diffit.system.ranks import detect_world
 
 T = TypeVar("T")
 
@@ -102,6 +104,11 @@ class ImageArrays:
         pixels = self.images[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
+    def headers(self) -> list[tuple[int, int, int]]:
+        """As those of `ImageFiles`."""
+        _, height, width, channels = self.images.shape
+        return [(width, height, channels)] * len(self)
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256(str(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).data)
@@ -145,6 +152,23 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
         except Exception as error:  # a decoder raises anything over a damaged file
             raise UnreadableImagesError([Unreadable(index, self.source.name(number), first_line(error))]) from error
         return image, int(self.source.labels[number])
+
+    def remarks(self) -> list[str]:
+        """Which sizes and kinds the pictures have, and what is made of them, in lines."""
+        headers = self.source.headers()
+        sizes = Counter((width, height) for width, height, _ in headers)
+        grey = sum(channels == 1 for _, _, channels in headers)
+        known = [f"{width}x{height} ({count})" for (width, height), count in sizes.most_common(3)]
+        kinds = [f"{name} ({count})" for name, count in (("RGB", len(headers) - grey), ("grey", grey)) if count]
+        looked_at = f"of {len(headers)} looked at: " if len(headers) < len(self) else ""
+        lines = [f"sizes and kinds: {looked_at}{', '.join(known)}{', ...' * (len(sizes) > 3)}; {', '.join(kinds)}"]
+        if set(sizes) - {(self.size, self.size)}:
+            lines.append(f"each is cropped to its central square and resized to {self.size}x{self.size}")
+        if self.channels == 1 and grey < len(headers):
+            lines.append("RGB images are made grey, which is what the network or VAE takes")
+        if self.channels == 3 and grey:
+            lines.append("grey images are made RGB, with three equal channels")
+        return lines
 
     def readable(self, indices: Iterable[int]) -> tuple[Tensor, list[Unreadable]]:
         """Those of these images that can be decoded, uint8 [n, S, S, C], and the others."""
@@ -222,7 +246,7 @@ def worker_count(wanted: int) -> int:
 
 
 def open_images(name: DataName, path: str | None, size: int, channels: int) -> ImageDataset:
-    """A data set by name, or from a path.
+    """A data set by name, or from a path; rank 0 prints what is there and what is made of it.
 
     Raises:
         ValueError: in one sentence, if there are no images, no path, or nothing can be done with that many channels.
@@ -238,7 +262,10 @@ def open_images(name: DataName, path: str | None, size: int, channels: int) -> I
         raise ValueError("name the images: --data.path FOLDER_OR_ZIP, or --data.name fashion_mnist or cifar10")
     else:
         source = image_files(path)
-    return ImageDataset(source, size, channels)
+    images = ImageDataset(source, size, channels)
+    for line in images.remarks() if detect_world().is_main else []:
+        print(line)
+    return images
 
 
 def fitting_labels(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:

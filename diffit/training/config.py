@@ -130,8 +130,7 @@ class TrainConfig(ProcessSettings):
     def checkpoint_config(self, class_names: tuple[str, ...], made_by: str) -> CheckpointConfig:
         """What a checkpoint of this run says about itself."""
         network = model_config(self.model, **self.network)
-        conditional = network.num_classes or self.init_from  # an unconditional size stays so
-        if conditional and "num_classes" not in self.network:
+        if "num_classes" not in self.network:
             network = replace(network, num_classes=len(class_names))
         if isinstance(network, DiffiTConfig):
             network = replace(network, learn_sigma=self.process_config.learn_sigma)

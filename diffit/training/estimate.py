@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config import Precision
-from diffit.models.config import DiffiTConfig, NetworkConfig, build_model, model_config
+from diffit.models.config import DiffiTConfig, NetworkConfig, build_model
 from diffit.system.device import product_dtype
 from diffit.training.config import TrainConfig
 
@@ -57,10 +57,11 @@ def estimate(network: NetworkConfig) -> Estimate:
     return Estimate(parameters, flops, sum(kept.values()))
 
 
-def report(config: TrainConfig, ranks: int = 1, device: torch.device | None = None) -> str:
+def report(
+    config: TrainConfig, class_names: tuple[str, ...] = (), ranks: int = 1, device: torch.device | None = None
+) -> str:
     """Lines for --dry_run: what would be trained, in how much memory and, on a device, for how long."""
-    classes = model_config(config.model, **config.network).num_classes  # the data, which may have others, stay unread
-    network = config.checkpoint_config(("",) * classes, "").network
+    network = config.checkpoint_config(class_names, "").network
     found = estimate(network)
     share = ranks if config.parallel == "fsdp" else 1
     # Weights, gradients, two moments of AdamW, and the EMAs, all float32.

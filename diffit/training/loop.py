@@ -24,6 +24,7 @@ from diffit.system.files import exclusive
 from diffit.system.ranks import World, detect_world
 from diffit.training.checkpointing import ema_files, load_run, record_start, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
+from diffit.training.defaults import describe
 from diffit.training.ema import EMA
 from diffit.training.evaluate import create_scorer, save_preview
 from diffit.training.init import initial_model
@@ -67,6 +68,8 @@ def train(task: TrainTask) -> Path:
         pictures = ImageSampler.create(ema, description, device, precision=config.precision) if shows else None
         score = create_scorer(pictures, config, device) if pictures and config.evaluation.every else None
         changed = distributed.on_main(world, lambda: record_start(run_dir, config, state.step))
+        for line in describe(config, data.class_names, len(data.labels)) if world.is_main else []:
+            print(line)
         logger = MetricLogger(config, description.network, state.step, device, world)
 
         def save(last: bool) -> None:
