@@ -12,6 +12,7 @@ from diffit.cli.train import check_data, parse_train
 from diffit.config import PIXELS, STABILITY_VAE
 from diffit.diffusion.config import DiffusionConfig, EDMConfig, SamplingConfig
 from tests.conftest import ROOT
+from tests.data.pictures import write_pictures
 from tests.small_models import save_small_checkpoint, save_small_image_checkpoint
 
 VAE = STABILITY_VAE.format("ema")
@@ -134,7 +135,7 @@ def test_data_are_asked_for_before_anything_is_loaded(tmp_path):
         check_data(train_config(f"--run_dir {tmp_path / 'run'}"))
     with pytest.raises(FileNotFoundError, match=r"there are no images at .*nowhere: check --data.path"):
         check_data(train_config(f"--data.path {tmp_path / 'nowhere'}"))
-    check_data(train_config(f"--data.path {tmp_path}"))
+    check_data(train_config(f"--data.path {write_pictures(tmp_path / 'mine', {'': 1})}"))
     check_data(train_config(f"--data.cache {tmp_path}"))
     with pytest.raises(ValueError, match="name the images"):
         check_data(train_config(f"--model ImageDiffit-Tiny --data.cache {tmp_path}"))
