@@ -7,6 +7,7 @@
 # also when time ran out. A part leaves OUT/PART.log and most of them OUT/PART.json; OUT/summary.json holds all of them.
 # The same command again goes on with what is missing. In front of it:
 #   DEPTH=5 ATTENTION="fused products"   compares ways to attend in short networks, which compile sooner
+#   TRAIN_BATCH=128                      trains with twice the images, where 140 GB hold them (and then with 256)
 #   TOY=1                                tries the script itself at the smallest sizes, on a CPU
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -94,6 +95,7 @@ benchmark sampling_256_16 110 Diffit-256 $b16 sampling default compile fast
 benchmark sampling_512 120 $large $b512 sampling default compile fast
 benchmark training_256 150 Diffit-256 $train training default compile+autocast blocks+autocast
 benchmark sampling_256_64 80 Diffit-256 $b64 sampling fast
+benchmark training_256_large 120 Diffit-256 $((2 * train)) training compile+autocast
 benchmark training_fashion 90 Diffit-Fashion $fashion training autocast compile+autocast blocks+autocast graphs+autocast
 train train 90 "$one" "${more[@]}"
 if [ "$gpus" -gt 1 ]; then
@@ -103,7 +105,6 @@ if [ "$gpus" -gt 1 ]; then
 fi
 benchmark training_256_tf32 90 Diffit-256 $train training compile
 benchmark sampling_256_skip 90 Diffit-256 $b16 sampling skip
-benchmark training_256_large 120 Diffit-256 $((2 * train)) training compile+autocast
 
 "$python" - "$out" <<'PYTHON'
 import json
