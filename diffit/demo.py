@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from diffit.checkpoint.weights import load_weights
+from diffit.config import PIXELS
 from diffit.diffusion.config import SAMPLERS
 from diffit.sampling.attention import Position, average, watch
 from diffit.sampling.config import AppTask
@@ -116,27 +117,31 @@ def flags_of(settings: Settings) -> list[str]:
 
 
 def read_settings(
-    demo: Demo, label: int | None, seed: int | None, sampler: str, schedule: str, steps: str, scale: Any
+    demo: Demo, label: int | None, seed: float | None, sampler: str, schedule: str, steps: str, scale: Any
 ) -> Settings:
-    """What the fields of the page say, in the order of the fields; `denoise` checks what fits the process.
+    """What the fields of the page say, in the order of the fields.
 
     Raises:
-        ValueError: if what should be a number is none.
+        ValueError: naming the field that is empty or holds no number, or if a setting does not fit the process.
     """
-    steps = steps.strip()
-    if seed is None or not steps:
-        raise ValueError("say which seed, and how many steps to take")
-    settings = {"seed": seed, "sampler": sampler}
+    steps, seed_or_0 = steps.strip(), seed or 0
+    for name, value in {"Seed": seed, "Steps": steps, "Guidance scale": scale if demo.names else 1}.items():
+        if value in (None, ""):
+            raise ValueError(f"the field '{name}' is empty: fill it in")
+    if seed_or_0 % 1:
+        raise ValueError(f"the seed must be a whole number, not {seed}")
+    settings: Settings = {"sampler": sampler}
     settings["num_sampling_steps"] = int(steps) if steps.isdecimal() else steps  # "ddim50" is a choice of steps too
-    if not demo.names:
-        return settings
-    try:
-        cfg_scale = float(scale)
-    except (TypeError, ValueError):
-        cfg_scale = math.nan
-    if not 0 <= cfg_scale < math.inf:
-        raise ValueError(f"the guidance scale must be a number of at least 0, not {scale}")
-    return settings | {"class_labels": label, "cfg_scale": cfg_scale, "schedule": schedule}
+    if demo.names:
+        try:
+            cfg_scale = float(scale)
+        except (TypeError, ValueError):
+            cfg_scale = math.nan
+        if not 0 <= cfg_scale < math.inf:
+            raise ValueError(f"the guidance scale must be a number of at least 0, not {scale}")
+        settings |= {"cfg_scale": cfg_scale, "schedule": schedule}
+    demo.pictures.with_settings(**settings)  # refuses what does not fit, of a sweep before its first picture
+    return settings | {"seed": int(seed_or_0)} | ({"class_labels": label} if demo.names else {})
 
 
 def denoise(
@@ -179,19 +184,25 @@ def command(demo: Demo, settings: Settings) -> str:
 
 def build_page(demo: Demo) -> gr.Blocks:
     """What all tabs have in common beside the tabs; what means nothing to the checkpoint is hidden."""
-    config, guided = demo.pictures.config, bool(demo.names)
+    config, guided, names = demo.pictures.config, bool(demo.names), list(demo.names)
     classes = f"{len(demo.names)} classes, " if demo.names else ""
+    process = f"{config.process_config.title} {'of pixels' if config.codec.vae == PIXELS else 'in latents'}"
     schedules = ["auto", *config.process_config.guidance_schedules]
     with gr.Blocks(title=f"DiffiT: {config.model}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
-            f"## {config.model}\n{config.image_size}x{config.image_size} pixels, {classes}{config.process} process. "
+            f"## {config.model}\n{config.image_size}x{config.image_size} pixels, {classes}{process}. "
             "The same settings always make the same picture."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=240):
                 common = [
-                    gr.Dropdown(list(demo.names), type="index", label="Class", visible=guided),
-                    gr.Number(0, label="Seed", precision=0),
+                    gr.Dropdown(
+                        [(name if names.count(name) == 1 else f"{name} ({y})", y) for y, name in enumerate(names)],
+                        value=0 if guided else None,
+                        label="Class",
+                        visible=guided,
+                    ),
+                    gr.Number(0, label="Seed"),
                     gr.Dropdown(list(SAMPLERS[config.process]), value=config.sampling.sampler, label="Sampler"),
                     gr.Dropdown(schedules, value=config.guidance.schedule, label="Guidance schedule", visible=guided),
                 ]

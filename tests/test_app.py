@@ -120,6 +120,31 @@ def test_attention_while_it_is_drawn(kind, tmp_path):
     assert (strip == (255, 0, 0)).all(-1).any()  # the token is marked
 
 
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_fields_are_checked_before_the_first_picture(kind, tmp_path):
+    if kind == "latent":
+        path = save_small_checkpoint(tmp_path, save_small_vae(tmp_path / "vae"))
+    else:
+        path = save_small_image_checkpoint(tmp_path, num_classes=3)
+    page = demo.load_demo(parse_app(["--model_path", str(path), "--device", "cpu"]))
+    sampler = page.pictures.config.sampling.sampler
+    fields = {"label": 1, "seed": 2, "sampler": sampler, "schedule": "constant", "steps": "3", "scale": "1.5"}
+    assert demo.read_settings(page, **fields)["seed"] == 2
+    for name, value, words in (
+        ("seed", None, "the field 'Seed' is empty"),
+        ("seed", 1.5, "the seed must be a whole number, not 1.5"),
+        ("steps", "  ", "the field 'Steps' is empty"),
+        ("steps", "0", "0"),
+        ("steps", "many", "many"),
+        ("scale", None, "the field 'Guidance scale' is empty"),
+        ("scale", "much", "the guidance scale must be a number of at least 0, not much"),
+        ("scale", "1e30", "guidance.scale"),
+        ("sampler", "euler", "does not fit"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            demo.read_settings(page, **fields | {name: value})
+
+
 def test_a_port_in_use_is_refused():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

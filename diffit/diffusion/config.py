@@ -92,6 +92,7 @@ class DiffusionConfig:
     learn_sigma: bool = True
 
     name: ClassVar = "gaussian"
+    title: ClassVar = "DDPM"
     implementation: ClassVar = f"{_HERE}.gaussian:create_process"
     guidance_schedules: ClassVar = ("constant", "power_cosine")
     spaces: ClassVar = ("latents",)  # of what the networks see that are trained with it
@@ -128,6 +129,7 @@ class EDMConfig:
     p_std: float = setting(1.2, at_least=0, at_most=5)
 
     name: ClassVar = "edm"
+    title: ClassVar = "EDM"
     implementation: ClassVar = f"{_HERE}.edm:EDM"
     guidance_schedules: ClassVar = ("constant",)
     spaces: ClassVar = ("pixels",)
@@ -152,6 +154,7 @@ class FlowConfig:
     time_distribution: TimeDistribution = "uniform"
 
     name: ClassVar = "flow"
+    title: ClassVar = "rectified flow"
     implementation: ClassVar = f"{_HERE}.flow:FlowMatching"
     guidance_schedules: ClassVar = ("constant",)
     spaces: ClassVar = ("latents", "pixels")
