@@ -195,7 +195,7 @@ def build_page(demo: Demo) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=240):
-                common = [
+                common: list[Any] = [
                     gr.Dropdown(
                         [(name if names.count(name) == 1 else f"{name} ({y})", y) for y, name in enumerate(names)],
                         value=0 if guided else None,
@@ -206,6 +206,8 @@ def build_page(demo: Demo) -> gr.Blocks:
                     gr.Dropdown(list(SAMPLERS[config.process]), value=config.sampling.sampler, label="Sampler"),
                     gr.Dropdown(schedules, value=config.guidance.schedule, label="Guidance schedule", visible=guided),
                 ]
+                # What is typed replaces the class that is shown, and finds another.
+                common[0].focus(None, js="() => document.activeElement.select()", api_visibility="private")
             with gr.Column(scale=3):
                 for title, tab in TABS.items():
                     with gr.Tab(title):
