@@ -28,6 +28,7 @@ from diffit.sampling.config import AppTask
 from diffit.sampling.folder import draw_grid, picture
 from diffit.sampling.images import ImageSampler
 from diffit.sampling.labels import class_names
+from diffit.system.console import say
 from diffit.system.device import resolve_device, set_matmul_precision
 
 _SECONDS = 0.1  # between two pictures of a sample on its way
@@ -91,7 +92,7 @@ def serve(task: AppTask) -> None:
         )
     except OSError as error:
         raise ValueError(f"port {task.config.port} of 127.0.0.1 cannot be used: choose another with --port") from error
-    print(f"{task.checkpoint.model} is at {url} (Ctrl+C ends it)", flush=True)
+    say(f"{task.checkpoint.model} is at {url} (Ctrl+C ends it)")
     page.block_thread()
 
 

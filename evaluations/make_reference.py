@@ -19,6 +19,7 @@ from diffit.cli.evaluate import add_backend_flags, positive
 from diffit.cli.run import one_sentence
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.reference import make_reference, open_source
+from diffit.system.console import say
 from diffit.system.device import resolve_device
 from diffit.system.files import check_apart, exclusive, explained_write
 
@@ -59,5 +60,5 @@ def main(arguments: list[str] | None = None) -> int:
             image_size=args.image_size,
             padding=args.padding,
         )
-    print(f"{args.out}: moments of {source.count} images ({backend.name}), {'x'.join(map(str, stored))} of them stored")
+    say(f"{args.out}: moments of {source.count} images ({backend.name}), {'x'.join(map(str, stored))} of them stored")
     return 0

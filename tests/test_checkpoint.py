@@ -172,7 +172,8 @@ def test_unreachable_hub(tmp_path):
     assert "diffit_256.safetensors" in result.stdout, result.stderr
     assert "--model_path" in result.stdout
     assert len(result.stdout.strip().splitlines()) == 1
-    assert result.stderr == "looking for nvidia/DiffiT/diffit_256.safetensors on the Hugging Face Hub\n"
+    asked = "looking for nvidia/DiffiT/diffit_256.safetensors on the Hugging Face Hub"
+    assert result.stderr == f"{asked} (HF_HUB_OFFLINE=1: on this disk alone)\n"
 
 
 def test_a_failed_write_leaves_the_old_file(small, monkeypatch):

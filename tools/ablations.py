@@ -1,8 +1,8 @@
-"""The paper's ablations: train and score variants of a base recipe, and write docs/ablations.md.
+"""The paper's ablations: train and score variants of a base recipe, and write tables beside the paper's.
 
     python tools/ablations.py run configs/ablations/bases/latent_cpu.yaml --out runs/ablations/latent_cpu
     python tools/ablations.py run configs/ablations/bases/image_gpu.yaml --out runs/ablations/image_gpu --gpus 0 1
-    python tools/ablations.py report runs/ablations/latent_cpu runs/ablations/image_gpu
+    python tools/ablations.py report runs/ablations/latent_cpu runs/ablations/image_gpu --doc docs/ablations.md
     python tools/ablations.py table
 
 A study (configs/ablations/*.yaml) lists variants, each only by what differs from the base. With the same seed all of
@@ -34,7 +34,7 @@ import torch
 import yaml
 from ablations_report import cost_table, write_report
 from scoring import draw, held_out_loss, open_scorer
-from studies import ROOT, load_studies, variants_for
+from studies import load_studies, variants_for
 
 from diffit import load_model
 from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
@@ -143,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs.add_argument("--variants", nargs="+", help="names of variants; all by default")
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training (default: 0 1 2)")
     runs.add_argument("--gpus", nargs="+", help="numbers of GPUs, each of which takes one run at a time")
-    reports = commands.add_parser("report", help="write docs/ablations.md and its plots")
-    reports.add_argument("outs", type=Path, nargs="*", help="folders of `run`")
-    reports.add_argument("--doc", type=Path, default=ROOT / "docs" / "ablations.md", help="the file to write")
+    reports = commands.add_parser("report", help="write tables and plots of runs")
+    reports.add_argument("outs", type=Path, nargs="+", help="folders of `run`")
+    reports.add_argument("--doc", type=Path, help="the page to write into (default: ablations.md in the first folder)")
     commands.add_parser("table", help="print parameters and multiply-adds of all variants")
     args, flags = parser.parse_known_args(argv)
     if flags and args.command != "run":
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "run":
             run(args, flags)
         elif args.command == "report":
-            write_report(args.doc, args.outs, load_studies())
+            write_report(args.doc or args.outs[0] / "ablations.md", args.outs, load_studies())
         else:
             print(cost_table(load_studies()))
     except Stopped as stopped:

@@ -202,17 +202,21 @@ def study_section(study: Study, measured: Sequence[Runs], assets: Path) -> list[
 
 
 def write_report(doc: Path, outs: Sequence[Path], studies: Sequence[Study]) -> None:
-    """Write the tables into a page, and the plots beside it in assets/.
+    """Write the tables into a page, which is made if it does not exist, and the plots beside it in assets/.
 
     Raises:
         ValueError: if the page lacks the comments that hold their places, and see `read_runs`.
     """
-    measured, text = [read_runs(out) for out in outs], doc.read_text()
+    places = {
+        name: (f"<!-- {name}, written by tools/ablations.py report -->", f"<!-- end of {name} -->")
+        for name in ("costs", "results")
+    }
+    empty = "\n\n".join(["# Ablations", *(line for place in places.values() for line in place)]) + "\n"
+    measured, text = [read_runs(out) for out in outs], doc.read_text() if doc.exists() else empty
     results = [describe(runs) for runs in measured] or ["Nothing was run yet."]
     for study in studies:
         results += study_section(study, measured, doc.parent / "assets")
-    for name, blocks in (("costs", [cost_table(studies)]), ("results", results)):
-        begin, end = f"<!-- {name}, written by tools/ablations.py report -->", f"<!-- end of {name} -->"
+    for (name, (begin, end)), blocks in zip(places.items(), ([cost_table(studies)], results), strict=True):
         if begin not in text or end not in text:
             raise ValueError(f"{doc} has no place for {name}: it needs the lines {begin} and {end}")
         before, after = text.split(begin)[0], text.split(end)[1]

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm, trange
 
 from diffit.checkpoint.resolve import BUNDLED
 from diffit.checkpoint.weights import load_model, save_checkpoint
@@ -40,6 +39,7 @@ from diffit.data.datasets import fashion_mnist
 from diffit.evaluation.fashion import CLASSIFIER, FEATURES, REFERENCE, FashionClassifier
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import Reference, both_radii, collect, score_images
+from diffit.system.console import progress
 from diffit.system.files import write_atomically
 
 KL_WEIGHT = 1e-4  # per latent value, beside an L1 + MSE per pixel on [-1, 1]
@@ -92,12 +92,12 @@ def train_vae(args: argparse.Namespace, images: Tensor) -> AutoencoderKL:
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr, fused=True)
     loss_fn = torch.compile(vae_loss, mode="reduce-overhead") if images.is_cuda else vae_loss
-    start, bar = time.monotonic(), trange(steps)
+    start, bar = time.monotonic(), progress(range(steps))
     for step in bar:
-        progress = max(step / steps, (time.monotonic() - start) / (60 * args.minutes))
-        if progress >= 1:
+        elapsed = max(step / steps, (time.monotonic() - start) / (60 * args.minutes))
+        if elapsed >= 1:
             break
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 500) * (1 - progress)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 500) * (1 - elapsed)
         batch = to_float(images[torch.randint(len(images), (args.batch_size,), device=images.device)])
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             loss = loss_fn(vae, batch)
@@ -156,7 +156,7 @@ def make_classifier(args: argparse.Namespace) -> None:
     for epoch in range(args.epochs):
         classifier.train()
         order = torch.randperm(len(images))[: steps * batch_size].view(-1, batch_size)
-        for index in tqdm(order, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False):
+        for index in progress(order, f"epoch {epoch + 1}/{args.epochs}", leave=False):
             x = augment(to_float(images[index]))
             F.cross_entropy(classifier(x), labels[index], label_smoothing=0.05).backward()
             optimizer.step()

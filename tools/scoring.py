@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from diffit import sample_images
 from diffit.checkpoint.config import CheckpointConfig
@@ -23,6 +22,7 @@ from diffit.evaluation.fashion import FEATURES, bundled_reference
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import collect, load_reference
 from diffit.evaluation.statistics import frechet_distance
+from diffit.system.console import progress
 from diffit.system.device import to_device
 
 HELD_OUT_IMAGES = 2000
@@ -59,7 +59,7 @@ def draw(
     model: nn.Module, config: CheckpointConfig, count: int, batch_size: int, device: torch.device, title: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Samples of random classes from seed 0, with the settings of `config`: images [N, H, W, C], labels [N]."""
-    with tqdm(total=count, desc=title, unit="img", leave=False) as bar:
+    with progress(title=title, total=count, unit="img", leave=False) as bar:
         return sample_images(
             model,
             config,
@@ -75,7 +75,7 @@ def held_out_loss(model: nn.Module, config: CheckpointConfig, device: torch.devi
     """The training loss on images of Fashion-MNIST's test set; times and noise are the same for all networks."""
     process, codec = create_process(config.process_config), create_codec(config.codec, device)
     test, total = fashion_mnist(train=False), 0.0
-    for start in tqdm(range(0, HELD_OUT_IMAGES, _BATCH), desc="held-out loss", leave=False):
+    for start in progress(range(0, HELD_OUT_IMAGES, _BATCH), "held-out loss", leave=False):
         part = slice(start, min(start + _BATCH, HELD_OUT_IMAGES))
         images, y = to_device(test.images[part], device), to_device(test.labels[part], device)
         generator = keyed_generator(0, start // _BATCH, _HELD_OUT)

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 import argparse
 import json
 import os
-import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from diffit.evaluation.features import INCEPTION, create_backend
 from diffit.evaluation.reader import ImageSource, open_images
 from diffit.evaluation.scores import LABELS, NEEDS, Scores, load_reference, score_images, share
 from diffit.evaluation.statistics import SingularCovarianceWarning
+from diffit.system.console import say, warn
 from diffit.system.device import resolve_device
 from diffit.system.distributed import World, joined, main_first, on_main
 from diffit.system.files import check_apart, explained_write, write_atomically
@@ -130,13 +130,13 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
             protocol = (
                 f"{data}ADM's scores in the features of a classifier, which compare with no scores in other features"
             )
-        print(f"protocol: {protocol}", f"features: {backend.name} on {device}", *reference.origin, sep="\n")
+        say(f"protocol: {protocol}", f"features: {backend.name} on {device}", *reference.origin)
         needs = (
             NEEDS
             if real is None or real.count
             else {k: v and "a reference that holds images" for k, v in NEEDS.items()}
         )
-        print(*_lines(scores, test, needs), sep="\n")
+        say(*_lines(scores, test, needs))
         if args.json:
             about: dict[str, object] = {"protocol": protocol, "features": backend.name, "origin": reference.origin}
             about |= {"reference": str(real.path if real else fashion.REFERENCE), "samples": str(file.path)}
@@ -196,7 +196,7 @@ def _lines(scores: Scores, test: Scores | None, needs: dict[str, str]) -> list[s
 
 def _inspect(reference: ImageSource | None, samples: ImageSource) -> list[str]:
     """Print what the files hold; no reference means the bundled one. Returns warnings, which are printed too."""
-    print(f"reference: {reference.path if reference else fashion.REFERENCE}\nsamples: {samples.path}")
+    say(f"reference: {reference.path if reference else fashion.REFERENCE}", f"samples: {samples.path}")
     if reference:
         found = check_pair(reference, samples)
         if reference.count:
@@ -208,14 +208,14 @@ def _inspect(reference: ImageSource | None, samples: ImageSource) -> list[str]:
         ]
     check_images(samples)
     labels, uneven = check_labels(samples)
-    print(f"labels: {labels}")
+    say(f"labels: {labels}")
     _warn(found + uneven)
     return found + uneven
 
 
 def _warn(messages: list[str]) -> None:
     for message in messages:
-        print(f"warning: {message}", file=sys.stderr)
+        warn(f"warning: {message}")
 
 
 def self_test(scores: Scores) -> bool:
@@ -225,7 +225,7 @@ def self_test(scores: Scores) -> bool:
         value = getattr(scores, field)
         fits = value is not None and abs(value - expected) <= tolerance
         good &= fits
-        print(f"{'ok  ' if fits else 'FAIL'} {LABELS[field]}: {value}, published {expected} (± {tolerance})")
+        say(f"{'ok  ' if fits else 'FAIL'} {LABELS[field]}: {value}, published {expected} (± {tolerance})")
     return good
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from diffit.cli.settings import Command, Setting, help_text, settings_of
 from diffit.settings import alternatives, check_setting, check_settings, type_hints, typed, words_of
+from diffit.system.console import say
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ def given_arguments(command: Command, argv: Sequence[str] | None) -> list[str]:
     """The arguments, by default the program's; prints the help and ends the program if they ask for it."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(help_text(command), end="")
+        say(*help_text(command).splitlines())
         raise SystemExit(0)
     return list(argv)
 
@@ -101,7 +102,7 @@ def _build(config_class: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 def _read_file(values: Sequence[str]) -> dict[str, Any]:
     path = Path(" ".join(values)).expanduser()
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ValueError(f"--config {path}: there is no such file")
     try:
         tree = yaml.load(path.read_text(), _Loader)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffit.cli.run import one_sentence
+from diffit.system.console import say
 
 
 @one_sentence()
@@ -28,4 +30,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_apart(Path(arguments.folder), arguments.checkpoint, "folder", inside=False)
     DiffiTPipeline.from_pretrained(arguments.checkpoint).save_pretrained(arguments.folder)
-    print(f'{arguments.folder}: DiffiTPipeline.from_pretrained("{arguments.folder}") samples from it')
+    say(f"{arguments.folder}: DiffiTPipeline.from_pretrained({json.dumps(arguments.folder)}) samples from it")

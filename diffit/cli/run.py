@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import pkgutil
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from typing import NoReturn
 
+from diffit.system.console import warn
 from diffit.system.ranks import detect_world
 
 INTERRUPTED = 130  # as a shell says of a command that SIGINT has ended
@@ -34,13 +34,13 @@ def one_sentence(stopped: str = "stopped") -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt:
         if detect_world().is_main:
-            print(f"\n{stopped}", file=sys.stderr, flush=True)
+            warn("", stopped)
         raise SystemExit(INTERRUPTED) from None
 
 
 def fail(message: str) -> NoReturn:
     """Print one sentence and end with exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    warn(f"error: {message}")
     raise SystemExit(2)
 
 

@@ -7,18 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-import yaml
-
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import Source, find_checkpoint
 from diffit.cli.parser import build, given_arguments, parse
 from diffit.cli.run import one_sentence
-from diffit.cli.settings import Command
+from diffit.cli.settings import Command, yaml_lines
 from diffit.cli.upstream import UPSTREAM_HELP, upstream_arguments
 from diffit.config import PIXELS
 from diffit.diffusion.config import SKIP_BELOW, ProcessSettings, check_process
 from diffit.sampling.config import SampleConfig, SampleTask
-from diffit.system.files import as_tree
+from diffit.system.console import say
 from diffit.system.ranks import detect_world
 
 _NODES = [node.name for node in fields(ProcessSettings)]
@@ -40,14 +38,14 @@ def main() -> None:
     """Parse, sample, print where the samples are."""
     task = parse_sample()
     if task.config.dry_run:
-        print(yaml.safe_dump(as_tree(task.config), sort_keys=False), end="")
+        say(*yaml_lines(task.config, task.checkpoint.network.num_classes))
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from diffit.sampling.generate import generate  # loads PyTorch, which --help and --dry_run do without
 
     path = generate(task)
     if detect_world().is_main:
-        print(f"{path}  (pictures: {path.with_name('grid.png')})")
+        say(f"{path}  (pictures: {path.with_name('grid.png')})")
 
 
 @one_sentence()

@@ -1,4 +1,4 @@
-"""The settings of a command line, read from its dataclass tree, and its help."""
+"""The settings of a command line, read from its dataclass tree: its help, and what --dry_run prints."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
+import yaml
 from docstring_parser import parse
 
+from diffit.diffusion.config import ProcessConfig, ProcessSettings, unread_settings
 from diffit.settings import Range, described, type_hints
+from diffit.system.files import as_tree
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,18 @@ def _entry(flag: str, text: str, width: int) -> list[str]:
     first = f"  {flag:<24}" if beside else indent
     wrapped = textwrap.wrap(text, max(width, 56), initial_indent=first, subsequent_indent=indent)
     return wrapped if beside else [f"  {flag}", *wrapped]
+
+
+def yaml_lines(config: ProcessSettings, num_classes: int) -> list[str]:
+    """A config as YAML without what does not apply: other processes, what the sampler does not read, guidance."""
+    tree, nodes = as_tree(config), {each.name: getattr(config, each.name) for each in fields(config)}
+    for name, node in nodes.items():
+        if isinstance(node, ProcessConfig) and node is not config.process_config:
+            del tree[name]
+    for name in unread_settings(config.process, config.sampling.sampler):
+        del tree["sampling"][name]
+    if not tree.get("evaluation", {"every": 1})["every"]:
+        del tree["evaluation"]
+    if not num_classes:  # there is no class to guide to
+        del tree["guidance"]
+    return yaml.safe_dump(tree, sort_keys=False).splitlines()

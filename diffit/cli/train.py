@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from diffit.checkpoint.config import CheckpointConfig, default_config
 from diffit.checkpoint.resolve import find_checkpoint
 from diffit.cli.parser import build, given_arguments, parse, split_flags
 from diffit.cli.run import one_sentence
-from diffit.cli.settings import Command
+from diffit.cli.settings import Command, yaml_lines
 from diffit.config import PIXELS
 from diffit.diffusion.config import (
     ProcessConfig,
@@ -25,7 +24,7 @@ from diffit.diffusion.config import (
 )
 from diffit.models.config import DiffiTConfig, model_config
 from diffit.settings import SAME, settings_that
-from diffit.system.files import as_tree
+from diffit.system.console import say, warn
 from diffit.system.ranks import detect_world
 from diffit.training.config import TrainConfig, TrainTask, find_start
 
@@ -62,10 +61,10 @@ def main() -> int:
         path = train(task)
     except Stopped as stopped:
         if world.is_main:
-            print(stopped, file=sys.stderr)
+            warn(stopped)
         return stopped.exit_code
     if world.is_main:
-        print(f"{path}  (python sample.py --model_path {path})")
+        say(f"{path}  (python sample.py --model_path {shlex.quote(str(path))})")
     return 0
 
 
@@ -87,16 +86,8 @@ def _dry_run(config: TrainConfig, ranks: int) -> None:
         class_names = images.class_names
         lines = [str(images.source), *images.remarks(), *describe(config, class_names, len(images))]
     lines += report(config, class_names, ranks, resolve_device(config.device)).splitlines()
-    tree, process = as_tree(config), config.process_config
-    for each in fields(ProcessSettings):
-        if isinstance(each.default, get_args(ProcessConfig)) and getattr(config, each.name) is not process:
-            del tree[each.name]
-    if not config.evaluation.every:
-        del tree["evaluation"]
-    for key in unread_settings(config.process, config.sampling.sampler):
-        del tree["sampling"][key]
-    print(yaml.safe_dump(tree, sort_keys=False), end="")
-    print("\n".join(f"# {line}" for line in lines))
+    num_classes = config.checkpoint_config(class_names, "").network.num_classes
+    say(*yaml_lines(config, num_classes), *(f"# {line}" for line in lines))
 
 
 @one_sentence()

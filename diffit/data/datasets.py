@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from diffit.codec import PixelCodec
 from diffit.data.config import DataName
 from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
 from diffit.data.sampler import Key
+from diffit.system.console import progress
 from diffit.system.files import first_line, npy_bytes, write_atomically
 from diffit.system.ranks import detect_world
 
@@ -227,7 +227,7 @@ def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[
     found: list[Unreadable] = []
     folder.mkdir(parents=True, exist_ok=True)
     saved = time.monotonic()
-    with tqdm(total=len(fresh), desc="checking images", unit="img", disable=not fresh) as bar:
+    with progress(title="checking images", show=bool(fresh), total=len(fresh), unit="img") as bar:
         for batch, (_, unreadable) in zip(batches, decode_ahead(images, batches, workers), strict=True):
             found += unreadable
             good[batch] = True

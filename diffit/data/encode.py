@@ -18,20 +18,19 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffit.codec import CodecConfig, VAECodec
 from diffit.data.config import EncodeConfig
 from diffit.data.datasets import ImageDataset, Unreadable, UnreadableImagesError, decode_ahead, listing, open_images
 from diffit.data.latent_cache import LABELS, MANIFEST, CacheSettings, LatentCache, Shard, open_cache, shard_is_whole
 from diffit.system import distributed
+from diffit.system.console import progress, say, warn
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.distributed import World
 from diffit.system.files import check_apart, difference, exclusive, explained_write, npy_bytes, write_atomically
@@ -70,7 +69,7 @@ def encode(config: EncodeConfig) -> None:
             classes = f" in {len(cache.class_names)} classes" if cache.class_names else ""
             flips = "with mirror images" if cache.settings.flips == 2 else "without mirror images"
             size = len(cache) * cache.settings.flips * np.prod(cache.shape) * 2  # bytes
-            print(f"{folder}: {len(cache)} images{classes}, {flips}, {size / 1e9:.3g} GB")
+            say(f"{folder}: {len(cache)} images{classes}, {flips}, {size / 1e9:.3g} GB")
 
 
 def encode_images(
@@ -108,7 +107,7 @@ def encode_images(
         distributed.on_main(world, lambda: making.finish(skip_unreadable))
     cache = open_cache(folder)
     if cache.unreadable and world.is_main:
-        print(f"left out {listing(cache.unreadable)}", file=sys.stderr)
+        warn(f"left out {listing(cache.unreadable)}")
     return cache
 
 
@@ -122,7 +121,7 @@ def _write_shards(making: _Making, codec: VAECodec, numbers: list[int], workers:
     parts: list[Tensor] = []
     unreadable: list[Unreadable] = []
     total = sum(len(indices) for _, indices in batches)
-    with tqdm(total=total, desc="encoding images", unit="img", disable=not show) as bar:
+    with progress(title="encoding images", show=show, total=total, unit="img") as bar:
         for (number, indices), (pixels, damaged) in zip(batches, decoded, strict=True):
             unreadable += damaged
             if len(pixels):

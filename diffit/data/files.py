@@ -15,7 +15,6 @@ import json
 import os
 import re
 import struct
-import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -30,7 +29,8 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.system.files import first_line, printable
+from diffit.system.console import say, warn
+from diffit.system.files import first_line
 from diffit.system.ranks import detect_world
 
 # What people keep pictures in, the same on every machine. Where Pillow has no decoder (for HEIC and JPEG XL anywhere,
@@ -76,7 +76,7 @@ class ImageFiles:
         shown, more = ", ".join(self.class_names[:10]), ", ..." * (len(self.class_names) > 10)
         classes = f"classes: {len(self.class_names)} ({shown}{more})" if self.class_names else "no classes"
         left_out = f"; left out: {_counts(self.ignored)}" if self.ignored else ""
-        return printable(f"images in {self.root}: {len(self)}; {classes}{left_out}")
+        return f"images in {self.root}: {len(self)}; {classes}{left_out}"
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
@@ -159,7 +159,7 @@ def image_files(path: str | Path) -> ImageFiles:
     """`find_pictures`, whose line rank 0 prints."""
     files = find_pictures(path)
     if detect_world().is_main:
-        print(files)
+        say(files)
     return files
 
 
@@ -294,8 +294,7 @@ def _walk(root: Path) -> Iterator[str]:
             if (status.st_dev, status.st_ino) in seen:
                 subfolders.clear()
                 if detect_world().is_main:
-                    text = f"left out {folder}: it links to {place.resolve()}, which is read already"
-                    print(printable(text), file=sys.stderr)
+                    warn(f"left out {folder}: it links to {place.resolve()}, which is read already")
                 continue
             seen.add((status.st_dev, status.st_ino))
             subfolders[:] = sorted(name for name in subfolders if not _hidden(name))

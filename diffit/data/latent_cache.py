@@ -25,12 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from diffit.codec import VAECodec, draw_latents
 from diffit.data.datasets import ImageDataset, Unreadable
 from diffit.data.sampler import Key
 from diffit.diffusion.noise import RandomStream, keyed_generator
+from diffit.system.console import progress
 from diffit.system.files import sha256
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
@@ -142,7 +142,7 @@ class LatentCache:
         Raises:
             ValueError: naming the damaged ones.
         """
-        shards = tqdm(self.shards, desc="checking shards", unit="shard")
+        shards = progress(self.shards, "checking shards", unit="shard")
         damaged = [shard.file for shard in shards if sha256(self.folder / shard.file) != shard.sha256]
         if damaged:
             raise ValueError(

@@ -10,7 +10,6 @@ the network sees.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +43,7 @@ from diffit.data.sampler import BatchSampler, Key
 from diffit.diffusion import Process
 from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.system import distributed
+from diffit.system.console import warn
 from diffit.system.distributed import World
 from diffit.system.files import check_apart
 
@@ -177,7 +177,7 @@ def open_training_set(
             raise UnreadableImagesError(unreadable)
         if unreadable:
             if world.is_main:
-                print(f"left out {listing(unreadable)}", file=sys.stderr)
+                warn(f"left out {listing(unreadable)}")
             images = images.keep(np.delete(np.arange(len(images)), [image.index for image in unreadable]))
         return _in_class_order(PixelDataset(images), run_dir)
     folder = Path(config.cache).expanduser() if config.cache else run_dir / "cache"

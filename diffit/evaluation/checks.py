@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from diffit.data.files import MOST_CLASSES
 from diffit.evaluation.reader import ImageSource
+from diffit.system.console import progress
 
 PUBLISHED_COUNT = 50_000
 
@@ -48,7 +48,7 @@ def check_images(file: ImageSource) -> None:
         ValueError: if the file is damaged, or all images are black or nearly so, or the same.
     """
     first, all_same, highest = next(file.batches(1)), True, 0
-    with tqdm(total=file.count, desc=f"checking {file.path.name}", unit="img", leave=False) as bar:
+    with progress(title=f"checking {file.path.name}", total=file.count, unit="img", leave=False) as bar:
         for batch in file.batches(256):
             all_same = all_same and bool((batch == first).all())
             highest = max(highest, int(batch.max()))

@@ -15,8 +15,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
+from diffit.system.console import progress
 from diffit.system.files import exclusive, open_atomically, sha256, write_atomically
 
 _ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
@@ -52,8 +53,8 @@ def cached(name: str) -> Path:
                 open_atomically(path) as file,
             ):
                 size = int(answer.headers.get("Content-Length") or 0)
-                with tqdm.wrapattr(answer, "read", total=size or None, desc=name) as watched:
-                    shutil.copyfileobj(watched, file)
+                with progress(title=name, total=size or None, unit="B", unit_scale=True) as bar:
+                    shutil.copyfileobj(CallbackIOWrapper(bar.update, answer, "read"), file)
                 if size and file.tell() != size:
                     raise urllib.error.URLError(f"connection closed after {file.tell()} of {size} bytes")
         except OSError as error:  # URLError is one

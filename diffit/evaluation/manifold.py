@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
+
+from diffit.system import console
 
 _BLOCK = 4096
 # ADM decides per block of this size whether half precision is enough.
@@ -49,7 +50,7 @@ def manifold_radii(
     # A block of distances serves its rows and its columns; but in half precision d(a, b) and d(b, a) may round
     # differently, and both are computed.
     pairs = [(i, j) for number, i in enumerate(blocks) for j in (blocks if fp16 else blocks[number:])]
-    for i, j in tqdm(pairs, title, disable=not progress, leave=False):
+    for i, j in console.progress(pairs, title, show=progress, leave=False):
         distances = _distances(points[i], points[j], fp16)  # [Bi, Bj]
         nearest[i] = _merge(nearest[i], distances)
         if i != j and not fp16:
@@ -82,7 +83,7 @@ def precision_recall(
     a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
     pairs = [(i, j) for i in _blocks(len(a), fp16) for j in _blocks(len(b), fp16)]
-    for i, j in tqdm(pairs, "precision/recall", disable=not progress, leave=False):
+    for i, j in console.progress(pairs, "precision/recall", show=progress, leave=False):
         distances = _distances(a[i], b[j], fp16)  # [Bi, Bj]
         a_inside[i] |= (distances <= radii_b[j]).any(dim=1)
         b_inside[j] |= (distances <= radii_a[i, None]).any(dim=0)

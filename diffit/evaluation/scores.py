@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
 from diffit.evaluation.features import INCEPTION, Backend
 from diffit.evaluation.manifold import manifold_radii, precision_recall
 from diffit.evaluation.reader import Images, ImageSource, open_images
 from diffit.evaluation.statistics import Floats, Moments, accuracy, frechet_distance, inception_score
+from diffit.system.console import progress
 from diffit.system.distributed import World, on_main
 
 Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
@@ -99,7 +99,8 @@ def collect(
         ValueError: if there are no images, or a feature is NaN or infinite.
     """
     pool, probabilities, moments, spatial = [], [], Moments(), Moments()
-    with tqdm(total=total, desc=title, unit="img", disable=total is None or not _world().is_main, leave=False) as bar:
+    show = total is not None and _world().is_main
+    with progress(title=title, show=show, total=total, unit="img", leave=False) as bar:
         for batch in batches:
             features = backend(batch)
             if not np.isfinite(features.pool).all():

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import diffit
 from diffit.checkpoint.weights import load_weights
@@ -28,6 +27,7 @@ from diffit.sampling.images import ImageSampler, fitting_sampler, resolve_compil
 from diffit.sampling.labels import class_names, resolve_labels
 from diffit.settings import SAME, settings_that
 from diffit.system import distributed
+from diffit.system.console import progress
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, exclusive
 from diffit.system.ranks import World
@@ -115,8 +115,8 @@ def _sample_missing(
     missing = distributed.on_main(world, folder.missing)
     mine = list(_batches(missing, config.batch_size))[world.rank :: world.size]
     share = f" (rank 0 of {world.size})" if world.size > 1 else ""
-    bar = tqdm(total=sum(map(len, mine)), unit="img", desc=f"sampling{share}", disable=not world.is_main)
-    start = time.monotonic()
+    bar = progress(title=f"sampling{share}", show=world.is_main, unit="step")
+    start, done, count = time.monotonic(), 0, sum(map(len, mine))
     try:
         with bar, _background() as write:
             for indices in mine:
@@ -125,10 +125,11 @@ def _sample_missing(
                     drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
                 labels = pictures.labels(drawn, config.seed, classes)
                 for state in pictures.states(drawn, labels, config.seed):
-                    bar.set_postfix_str(f"step {state.step}/{state.num_steps}", refresh=False)
-                    bar.update(0)
+                    bar.total = len(mine) * state.num_steps
+                    bar.update()
                 write(_save, folder, config, indices, pictures.codec.decode(state.x), labels)
-                bar.update(len(indices))
+                done += len(indices)
+                bar.set_postfix_str(f"{done}/{count} images", refresh=False)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"the device is out of memory at --batch_size {config.batch_size}: use a smaller one, the samples stay the "

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import socket
-import sys
 import warnings
 import zipfile
 from collections.abc import Collection, Iterator
@@ -19,8 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.utils import logging
 from numpy.typing import NDArray
+
+from diffit.system.console import warn
 
 try:
     import fcntl
@@ -179,11 +181,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def printable(text: str) -> str:
-    """A text from outside for one line of a terminal: control characters, and bytes that are no text, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 @contextlib.contextmanager
 def quiet_hub(wanted: str | None) -> Iterator[None]:
     """Say what is wanted of the Hub, if anything: it may take half a minute to fail. Silence its own logs and warnings.
@@ -191,7 +188,8 @@ def quiet_hub(wanted: str | None) -> Iterator[None]:
     Progress bars of downloads stay. What goes wrong is raised, and said once by the caller.
     """
     if wanted is not None:
-        print(f"looking for {wanted} on the Hugging Face Hub", file=sys.stderr)
+        hint = "on this disk alone: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "HF_HUB_OFFLINE=1: on this disk alone"
+        warn(f"looking for {wanted} on the Hugging Face Hub ({hint})")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -40,6 +40,7 @@ from diffit.checkpoint.resolve import find_checkpoint
 from diffit.checkpoint.weights import load_weights, save_checkpoint
 from diffit.settings import FREE, SAME, settings_that
 from diffit.system import distributed
+from diffit.system.console import say
 from diffit.system.distributed import World
 from diffit.system.files import as_tree, difference, first_line, write_atomically
 from diffit.training.config import TrainConfig
@@ -217,7 +218,7 @@ def newest_intact(folder: Path) -> Path | None:
         aside = found.with_suffix(".broken")
         shutil.rmtree(aside, ignore_errors=True)
         found.rename(aside)
-        print(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
+        say(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
     return None
 
 

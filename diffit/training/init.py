@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffit.checkpoint.weights import load_weights
 from diffit.models.config import NetworkConfig, build_model
+from diffit.system.console import say
 from diffit.system.distributed import World
 from diffit.training.config import TrainConfig, find_start
 
@@ -25,7 +26,7 @@ def initial_model(config: TrainConfig, network: NetworkConfig, world: World) -> 
     weights, changes = adapt_state(trained.state_dict(), model.state_dict())
     model.load_state_dict(weights)
     for change in changes if world.is_main else []:
-        print(f"--init_from {source}: {change}")
+        say(f"--init_from {source}: {change}")
     return model
 
 

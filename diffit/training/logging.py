@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from diffit.models.config import NetworkConfig
+from diffit.system.console import printable, progress
 from diffit.system.distributed import World
 from diffit.system.files import write_atomically
 from diffit.training.config import TrainConfig
@@ -35,7 +35,7 @@ class MetricLogger:
         self, config: TrainConfig, network: NetworkConfig, first: int, device: torch.device, world: World
     ) -> None:
         self.config, self.device, self.world = config, device, world
-        self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not world.is_main)
+        self.bar = progress(show=world.is_main, total=config.steps, initial=first, unit="step")
         self.flops = estimate(network).flops
         self.peak = measured_peak(device, config.precision) if device.type == "cuda" else None
         self.path, self.tracker = Path(config.run_dir) / "log.jsonl", None
@@ -47,7 +47,7 @@ class MetricLogger:
     def info(self, sentence: str) -> None:
         """A sentence above the bar."""
         if self.world.is_main:
-            self.bar.write(sentence)
+            self.bar.write(printable(sentence))
 
     def count_step(self) -> None:
         """One step more on the bar; once some are timed, a line says how long the run will take."""
@@ -76,7 +76,7 @@ class MetricLogger:
         speed = (step - self.first) * self.config.batch_size / (now - self.since)
         self.since, self.first = now, step
         mfu = self.peak and speed / self.world.size * self.flops / self.peak
-        self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", img_s=f"{speed:.0f}")
+        self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", img_s=f"{speed:.0f}", refresh=False)
         values: dict[str, Any] = dict(zip(("loss", "mse", "vb", "grad_norm"), means, strict=True))
         values |= {"lr": state.optimizer.param_groups[0]["lr"], "skipped": state.skipped}
         values |= {"ema_decay": ema_decays(self.config, step)[0]}

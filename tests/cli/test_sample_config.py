@@ -8,7 +8,7 @@ import yaml
 from diffit import load_model
 from diffit.checkpoint.weights import save_checkpoint
 from diffit.cli.sample import parse_sample
-from diffit.cli.settings import settings_of
+from diffit.cli.settings import settings_of, yaml_lines
 from diffit.diffusion.config import SamplingConfig
 from diffit.sampling.config import SampleConfig
 from diffit.system.files import as_tree
@@ -148,10 +148,18 @@ def test_a_misspelt_key_in_a_file(tmp_path, capsys):
     assert "there is no setting --guidance.scael: did you mean" in refusal(f"--config {recipe}", capsys)
 
 
+def test_what_does_not_apply_is_not_printed():
+    shown = yaml.safe_load("\n".join(yaml_lines(sample_config("--sampler dpm++"), 10)))
+    assert {"diffusion", "sampling", "guidance"} < set(shown)
+    assert not {"edm", "flow"} & set(shown)
+    assert shown["sampling"] == {"sampler": "dpm++", "num_sampling_steps": 50}
+    assert "guidance" not in yaml.safe_load("\n".join(yaml_lines(sample_config(""), 0)))
+
+
 def test_the_printed_config_reads_back(tmp_path):
     config = sample_config("--cfg_scale 3 --class_labels 3 7 --guidance.interval [100,900] --guidance.channels all")
     recipe = tmp_path / "printed.yaml"
-    recipe.write_text(yaml.safe_dump(as_tree(config)))
+    recipe.write_text("\n".join(yaml_lines(config, 10)))
     assert sample_config(f"--config {recipe}") == config
     assert config.class_labels == ["3", "7"]
     assert config.guidance.interval == (100, 900)

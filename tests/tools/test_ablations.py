@@ -118,6 +118,11 @@ def test_report(studies, report, tmp_path):
     for plot in ("steps", "window_size"):
         assert f"assets/ablations_image_{plot}.png" in text
         assert (doc.parent / "assets" / f"ablations_image_{plot}.png").read_bytes().startswith(b"\x89PNG")
+    own = tmp_path / "image" / "ablations.md"  # where no page is named
+    report.write_report(own, [tmp_path / "image"], studies.load_studies())
+    assert own.read_text().split(begin)[1].split(end)[0] == text.split(begin)[1].split(end)[0].replace(
+        text.split("<!-- end of costs -->")[1].split("<!-- results")[0], "\n\n"
+    )
     with pytest.raises(ValueError, match="holds no scores"):
         report.write_report(doc, [tmp_path / "docs"], studies.load_studies())
     with pytest.raises(ValueError, match="has no place for costs: it needs the lines <!-- costs"):
