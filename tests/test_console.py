@@ -1,10 +1,13 @@
 """What commands print: one line stays one line whatever names hold, and bars are lines where there is no terminal."""
 
 import contextlib
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -60,6 +63,7 @@ def test_without_a_terminal_a_bar_is_a_line_now_and_then():
 
 def test_on_a_terminal_a_bar_stays_on_its_line():
     main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # tqdm shows nothing in no columns
     subprocess.run([sys.executable, "-c", BARS], stderr=other, check=True)
     os.close(other)
     text = ""
