@@ -243,7 +243,7 @@ def test_stop_and_refusals(page):
     press(page, "Stop")
     wait_for(page, "stopped")
     for label, text, words in (
-        ("Steps", "5000", "cannot take 5000 steps out of a section of 1000 timesteps"),
+        ("Steps", "5000", "--num_sampling_steps must be between 1 and 1000, not 5000"),
         ("Seed", "-1", "the seed must be between 0 and 2^64 - 1, not -1"),
         ("Guidance scale", "-2", "the guidance scale must be a number of at least 0, not -2"),
     ):

@@ -204,7 +204,7 @@ def test_refusals(checkpoints, flags, words, capsys):
 
 
 def test_steps_that_are_no_number_are_refused(sample):
-    with pytest.raises(ValueError, match="heun takes a number of steps, not 'ddim50'"):
+    with pytest.raises(ValueError, match="of heun must be a whole number, not 'ddim50'"):
         sample("--num_sampling_steps ddim50")
 
 

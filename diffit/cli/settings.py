@@ -40,7 +40,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line says of itself.
+    """A command line: its settings and the texts of its help.
 
     Args:
         config_class: the dataclass tree of its settings.
@@ -48,7 +48,7 @@ class Command:
         description: what it does, and the simplest command.
         epilog: what help ends with.
         everyday: keys of the settings that help lists first.
-        follows: settings, or nodes of them, whose defaults are not those of the dataclass -> whose they are.
+        follows: setting or node whose default comes from elsewhere -> the words for where.
     """
 
     config_class: type
@@ -123,7 +123,9 @@ def _entry(flag: str, text: str, width: int) -> list[str]:
     """A flag and its explanation beside it, or below if it is long."""
     indent, beside = " " * 26, len(flag) <= 22
     first = f"  {flag:<24}" if beside else indent
-    wrapped = textwrap.wrap(text, max(width, 56), initial_indent=first, subsequent_indent=indent)
+    wrapped = textwrap.wrap(
+        text, max(width, 56), initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+    )
     return wrapped if beside else [f"  {flag}", *wrapped]
 
 

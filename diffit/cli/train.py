@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from diffit.checkpoint.config import CheckpointConfig, default_config
 from diffit.checkpoint.resolve import find_checkpoint
@@ -16,11 +16,8 @@ from diffit.cli.run import one_sentence
 from diffit.cli.settings import Command, yaml_lines
 from diffit.config import PIXELS
 from diffit.diffusion.config import (
-    ProcessConfig,
-    ProcessSettings,
     check_process,
     fitting_processes,
-    unread_settings,
 )
 from diffit.models.config import DiffiTConfig, model_config
 from diffit.settings import SAME, settings_that

@@ -14,11 +14,12 @@ class ImagesConfig:
     """Images.
 
     Args:
-        name: folder (or ZIP; one subfolder per class, or none, or as EDM's dataset_tool has it), or a known data set.
-        path: the folder, ZIP or Parquet file; of a known data set the folder of its files, by default an installed
-            copy, or else it is downloaded to data/.
-        workers: worker processes that read images, for each rank; never more than there are cores.
-        skip_unreadable: name and leave out images that cannot be read, rather than stop.
+        name: kind of data: a folder or ZIP (one subfolder per class, or none, or in the layout of EDM's dataset_tool),
+            or a known data set.
+        path: the folder, ZIP or Parquet file; for a known data set the folder of its files. By default an installed
+            copy is read, or else it is downloaded to data/.
+        workers: processes per rank that read images; at most as many as there are cores.
+        skip_unreadable: name and leave out unreadable images, rather than stop.
     """
 
     name: DataName = setting("folder", NOTED)
@@ -32,10 +33,10 @@ class DataConfig(ImagesConfig):
     """The training images.
 
     Args:
-        flip: show every other image mirrored, at random; the augmentation of pixels does so by itself.
-        cache: folder of a latent cache, by default RUN_DIR/cache; made if it is not there. Without a path, a finished
-            one is all that is needed.
-        augment: probability of each transform of EDM's augmentation, of pixels only; 0 is no augmentation at all.
+        flip: mirror each image with probability 1/2; off when --data.augment is on, which flips already.
+        cache: folder of the latent cache, by default RUN_DIR/cache; made on first use. A finished one can be used
+            without the images.
+        augment: probability of each transform of EDM's augmentation, for pixels alone; 0 augments nothing.
     """
 
     flip: bool = setting(True, NOTED)
@@ -49,11 +50,11 @@ class EncodeConfig:
 
     Args:
         data: the images; without a path or name, a finished cache is only checked.
-        out: folder of the cache; the same command again goes on with it.
+        out: folder of the cache; the same command resumes an unfinished one.
         vae: an AutoencoderKL of diffusers: a bundled name, a folder, or a Hub id.
         image_size: side of the square that is cut from every image, in pixels.
         flip: store the mirror images too.
-        shard_size: images of a file; what a rank that is killed loses at most.
+        shard_size: images per file, and the most that a killed rank has to encode again.
         verify: read every shard of the finished cache again and compare its checksum.
         device: where the VAE runs; auto takes a GPU if there is one.
     """

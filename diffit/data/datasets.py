@@ -29,7 +29,7 @@ from diffit.codec import PixelCodec
 from diffit.data.config import DataName
 from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
 from diffit.data.sampler import Key
-from diffit.system.console import progress
+from diffit.system.console import progress, say
 from diffit.system.files import first_line, npy_bytes, write_atomically
 from diffit.system.ranks import detect_world
 
@@ -263,8 +263,8 @@ def open_images(name: DataName, path: str | None, size: int, channels: int) -> I
     else:
         source = image_files(path)
     images = ImageDataset(source, size, channels)
-    for line in images.remarks() if detect_world().is_main else []:
-        print(line)
+    if detect_world().is_main:
+        say(*images.remarks())
     return images
 
 

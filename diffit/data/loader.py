@@ -43,7 +43,7 @@ from diffit.data.sampler import BatchSampler, Key
 from diffit.diffusion import Process
 from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.system import distributed
-from diffit.system.console import warn
+from diffit.system.console import say, warn
 from diffit.system.distributed import World
 from diffit.system.files import check_apart
 
@@ -210,7 +210,7 @@ def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path,
         def fits() -> bool:
             if config.name == "folder" and not (config.path and Path(config.path).expanduser().exists()):
                 if config.path:  # of a recipe, say: a finished cache needs no images
-                    print(f"there are no images at {config.path}: the latents in {folder} are taken as theirs")
+                    say(f"there are no images at {config.path}: the latents in {folder} are taken as theirs")
                 return True
             images = open_images(config.name, config.path, image_size, channels)
             return images.source.fingerprint() == cache.settings.data

@@ -95,16 +95,16 @@ class DiffusionConfig:
     title: ClassVar = "DDPM"
     implementation: ClassVar = f"{_HERE}.gaussian:create_process"
     guidance_schedules: ClassVar = ("constant", "power_cosine")
-    spaces: ClassVar = ("latents",)  # of what the networks see that are trained with it
+    spaces: ClassVar = ("latents",)  # the inputs of networks that it trains
 
     @staticmethod
     def default_steps(input_size: int) -> int:
-        """How many steps sampling takes if nothing else is recommended, for a network of that side."""
+        """Default number of sampling steps for a network of this input size."""
         return 250
 
     @property
     def num_timesteps(self) -> int:
-        """The range of the times that the network is asked about."""
+        """Number of timesteps that the network is trained for."""
         return self.diffusion_steps
 
 
@@ -116,7 +116,7 @@ class EDMConfig:
         sigma_data: standard deviation of the images.
         sigma_min: lowest noise level that sampling visits.
         sigma_max: highest noise level, where sampling starts.
-        rho: how the levels in between crowd towards the low end.
+        rho: exponent of the spacing of noise levels; a higher one puts more of them at the low end.
         p_mean: mean of ln sigma in training.
         p_std: standard deviation of ln sigma in training.
     """
@@ -134,11 +134,11 @@ class EDMConfig:
     guidance_schedules: ClassVar = ("constant",)
     spaces: ClassVar = ("pixels",)
     learn_sigma: ClassVar = False
-    num_timesteps: ClassVar = None  # the network is asked about ln(sigma)/4: there are no timesteps
+    num_timesteps: ClassVar = None  # the network's time is ln(sigma)/4: there are no timesteps
 
     @staticmethod
     def default_steps(input_size: int) -> int:
-        """As the paper samples CIFAR-10 and FFHQ-64."""
+        """The EDM paper's for CIFAR-10, and for FFHQ-64 above."""
         return 18 if input_size <= 32 else 40
 
 
@@ -147,8 +147,7 @@ class FlowConfig:
     """The rectified flow that a network was trained for: x_t = (1 - t) x + t eps, t in [0, 1].
 
     Args:
-        time_distribution: of t in training: uniform, or the logistic function of a normal number, which visits the
-            middle more often.
+        time_distribution: distribution of t in training: uniform, or logit-normal, which is denser in the middle.
     """
 
     time_distribution: TimeDistribution = "uniform"
@@ -159,11 +158,11 @@ class FlowConfig:
     guidance_schedules: ClassVar = ("constant",)
     spaces: ClassVar = ("latents", "pixels")
     learn_sigma: ClassVar = False
-    num_timesteps: ClassVar = 1000  # the network is asked at 1000 t
+    num_timesteps: ClassVar = 1000  # the network's time is 1000 t
 
     @staticmethod
     def default_steps(input_size: int) -> int:
-        """Of Euler; a round number, not tuned."""
+        """50 steps of Euler, a round number that was not tuned."""
         return 50
 
 
@@ -180,17 +179,17 @@ class SamplingConfig:
     """How noise becomes a sample.
 
     Args:
-        sampler: of the Gaussian process, ddpm is the published one; ddim, dpm++ and unipc need fewer steps. heun is
-            that of EDM; a flow has euler and heun.
-        num_sampling_steps: how many of the T steps are taken; also "ddim50" (fixed integer stride) or "10,15,20"
-            (steps per equal section) for ddpm and ddim.
-        eta: noise of ddim, 0 (deterministic) to 1 (ancestral).
+        sampler: name of the sampler. The Gaussian process has ddpm, the published one, and ddim, dpm++ and unipc, which
+            need fewer steps; EDM has heun; a flow has euler and heun.
+        num_sampling_steps: number of steps; for ddpm and ddim also "ddim50" (fixed integer stride) or "10,15,20" (steps
+            in equal sections of the T timesteps).
+        eta: amount of noise of ddim, from 0 (deterministic) to 1 (ancestral).
         clip_denoised: clamp the predicted x_start to [-1, 1] at every step of the Gaussian process; for pixels, not for
             latents.
-        s_churn: noise that heun puts back over all steps; 0 is deterministic.
-        s_min: lowest noise level at which heun puts noise back.
-        s_max: highest such level; none by default.
-        s_noise: standard deviation of that noise.
+        s_churn: amount of noise that EDM's heun adds over all steps; 0 is deterministic.
+        s_min: lowest noise level at which it adds noise.
+        s_max: highest noise level at which it adds noise; no limit by default.
+        s_noise: standard deviation of the noise that it adds.
     """
 
     sampler: SamplerName = "ddpm"
@@ -213,9 +212,9 @@ class GuidanceConfig:
         schedule: weight over time; auto is power_cosine up to 32x32 latents and constant above, as published. EDM and
             flows have constant alone.
         power: exponent of power_cosine.
-        channels: how many noise channels are guided: 3 reproduces the published numbers, 'all' is the textbook form.
-        interval: first and last timestep (of T) at which guidance acts; everywhere by default. Outside, the null half
-            is not evaluated.
+        channels: number of guided noise channels: 3 reproduces the published numbers, 'all' is the textbook form.
+        interval: first and last of the T timesteps at which guidance acts; everywhere by default. Outside, the null
+            half is not evaluated.
         skip_below: where the weight differs from 1 by less than this, the null half is not evaluated: with power_cosine
             at 4.4, 1e-3 saves 16% of the passes. 0 evaluates both halves everywhere.
     """
@@ -235,7 +234,7 @@ SKIP_BELOW = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSettings:
-    """What sampling, training and checkpoints all say of the process; one node for each, of which `process` is used."""
+    """Settings that sampling, training and checkpoints share: a node for each process, of which `process` is used."""
 
     process: ProcessName = setting("gaussian", SAME)
     diffusion: DiffusionConfig = setting(DiffusionConfig(), SAME)
@@ -291,8 +290,8 @@ def check_process(process: ProcessConfig, sampling: SamplingConfig, guidance: Gu
             )
     if sampling.s_max is not None and sampling.s_max < sampling.s_min:
         raise ValueError(
-            f"heun puts noise back between s_min and s_max: --sampling.s_max must be at least {sampling.s_min}, not "
-            f"{sampling.s_max}"
+            f"heun adds noise between --sampling.s_min and --sampling.s_max: s_max must be at least {sampling.s_min}, "
+            f"not {sampling.s_max}"
         )
     if guidance.interval is not None and guidance.interval[0] > guidance.interval[1]:
         first, last = guidance.interval

@@ -195,7 +195,7 @@ def heun_sampler(process: EDMConfig, config: SamplingConfig) -> Sampler:
         ValueError: if the number of steps is not an integer above 0, or the noise levels do not fall.
     """
     if not isinstance(config.num_sampling_steps, int):
-        raise ValueError(f"heun takes a number of steps, not '{config.num_sampling_steps}'")
+        raise ValueError(f"--num_sampling_steps of heun must be a whole number, not '{config.num_sampling_steps}'")
     levels = (config.num_sampling_steps, process.sigma_min, process.sigma_max, process.rho)
     edm_sigmas(*levels)  # refuses levels that do not fall before anything is loaded
     s_max = math.inf if config.s_max is None else config.s_max

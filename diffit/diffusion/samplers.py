@@ -46,10 +46,10 @@ def create_sampler(process: ProcessConfig, config: SamplingConfig) -> Sampler:
 
 
 def model_at(model: Model, time: float) -> Model:
-    """What to call at a time that the host knows; to ask the tensor t would wait for the device.
+    """The callable for a time that is known on the host; reading it from the tensor t would wait for the device.
 
-    A model may be cheaper at some times: guidance leaves its null half out where it hardly counts, which it says by a
-    method `at(time)`. Any other callable is called as it is.
+    A model with a method `at(time)` may return a cheaper one: guidance leaves out its null half where it hardly counts.
+    Any other model is returned as it is.
     """
     at = getattr(model, "at", None)
     return model if at is None else at(time)
@@ -138,5 +138,5 @@ def integer_steps(config: SamplingConfig, most: int | None = None) -> int:
     text = str(config.num_sampling_steps)
     if not text.isdigit() or int(text) < 1 or (most is not None and int(text) > most):
         limits = f" between 1 and {most}" if most is not None else " above 0"
-        raise ValueError(f"{config.sampler} takes a number of steps{limits}, not '{text}'")
+        raise ValueError(f"--num_sampling_steps of {config.sampler} must be a whole number{limits}, not '{text}'")
     return int(text)

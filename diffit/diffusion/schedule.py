@@ -60,8 +60,8 @@ def space_timesteps(num_timesteps: int, timestep_respacing: str | int) -> list[i
         counts = [int(part) for part in text.split(",")]
     except (ValueError, StopIteration):
         raise ValueError(
-            f"cannot take '{text}' of {num_timesteps} steps: write a number of steps such as 250, steps per section "
-            'such as "10,15,20", or a fixed integer stride such as "ddim50"'
+            f"--num_sampling_steps '{text}' does not fit {num_timesteps} timesteps: write a number such as 250, steps "
+            'per section such as "10,15,20", or a fixed integer stride such as "ddim50"'
         ) from None
     base, extra = divmod(num_timesteps, len(counts))
     kept: list[int] = []
@@ -69,7 +69,8 @@ def space_timesteps(num_timesteps: int, timestep_respacing: str | int) -> list[i
     for section, count in enumerate(counts):
         size = base + (section < extra)
         if not 1 <= count <= size:
-            raise ValueError(f"cannot take {count} steps out of a section of {size} timesteps")
+            each = f" in each of {len(counts)} sections" if len(counts) > 1 else ""
+            raise ValueError(f"--num_sampling_steps must be between 1 and {size}{each}, not {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # The running sum, rather than i * stride, is what the published tables were made with: it rounds alike.
         position = 0.0

@@ -24,13 +24,13 @@ class SampleConfig(ProcessSettings):
         log_dir: folder for the samples; logs/MODEL by default.
         num_samples: how many samples to make.
         batch_size: samples at a time per rank; it does not change the samples.
-        seed: sample i depends on (seed, i) and the settings alone.
+        seed: seed of the set; sample i depends on (seed, i) and the settings alone.
         class_labels: numbers or names of classes, repeated in turn; drawn at random per sample by default.
         class_cond: False samples without classes.
         vae: an AutoencoderKL of diffusers, a folder or a Hub id, in place of the checkpoint's own.
         device: where to run; auto takes a GPU if there is one.
-        precision: of the network's products; norms, softmax's sums, guidance and sampler stay in fp32. By default fp32,
-            and with --fast True the 16 bits that the device computes with.
+        precision: precision of matrix products; norms, softmax, guidance and sampler stay in fp32. Default fp32, with
+            --fast True bf16 (fp16 where the GPU has no bf16).
         compile: compile network and VAE with torch.compile, on CUDA to CUDA graphs; it takes a minute or so before the
             first image. By default off, and with --fast True on where it pays, which is on CUDA.
         fast: for previews: 16-bit weights, the null half left out where guidance hardly acts (--guidance.skip_below
@@ -38,7 +38,7 @@ class SampleConfig(ProcessSettings):
         save_png: also write every sample as a PNG file.
         overwrite: replace samples made with other settings.
         dry_run: print the resolved config and stop.
-        process: the one that the network was trained for, as the checkpoint says.
+        process: the diffusion process that the network was trained for; the checkpoint's metadata have it.
     """
 
     model: str | None = setting(None, SAME)
@@ -62,7 +62,7 @@ class SampleConfig(ProcessSettings):
 
 @dataclass(frozen=True)
 class SampleTask:
-    """A resolved command line of sample.py: its settings, and the checkpoint that they speak of."""
+    """A resolved command line of sample.py: its settings and the checkpoint."""
 
     config: SampleConfig
     source: Source
@@ -87,7 +87,7 @@ class AppConfig:
             name, or a pipeline or file owner/repository/name.safetensors on the Hub.
         image_size: side of the images in pixels, 256 or 512 for the released weights; by default the checkpoint's.
         device: where to sample; auto takes a GPU if there is one.
-        port: of 127.0.0.1, where the page is; other machines cannot reach it.
+        port: port of the page at 127.0.0.1, which other machines cannot reach.
     """
 
     model: str | None = None
@@ -99,7 +99,7 @@ class AppConfig:
 
 @dataclass(frozen=True)
 class AppTask:
-    """A resolved command line of app.py: its settings, and the checkpoint that they speak of."""
+    """A resolved command line of app.py: its settings and the checkpoint."""
 
     config: AppConfig
     source: Source

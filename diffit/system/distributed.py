@@ -7,7 +7,6 @@ import os
 import re
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from diffit.system.console import warn
 from diffit.system.ranks import World, detect_world
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def watching(world: World, minutes: float) -> Iterator[None]:
         while not left.wait(1):
             gone = os.getppid() != parent or select.select([holder], [], [], 0)[0]  # closed at the other end
             if gone and not left.wait(_GRACE):  # at the end of the work, rank 0 may be the first to leave
-                print(f"rank {world.rank} ends, as rank 0 or its launcher is gone", file=sys.stderr, flush=True)
+                warn(f"rank {world.rank} ends, as rank 0 or its launcher is gone")
                 os._exit(1)
 
     with holder:

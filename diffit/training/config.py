@@ -20,9 +20,9 @@ class OptimizerConfig:
 
     Args:
         lr: peak learning rate.
-        betas: decay of the moments.
+        betas: decays of the first and second moment.
         weight_decay: decoupled weight decay.
-        warmup: steps over which the rate rises from zero.
+        warmup: steps over which the rate rises linearly from zero.
         schedule: constant, or a cosine from lr to zero over the run.
         grad_clip: largest gradient norm; 0 does not clip.
     """
@@ -40,8 +40,8 @@ class EvaluationConfig:
     """FID and Inception Score of the first EMA, logged beside the loss.
 
     Args:
-        every: steps between scores; 0 is none.
-        samples: how many are drawn, with the recommended settings. FID falls with their number: compare equal ones.
+        every: steps between scores; 0 never scores.
+        samples: number of samples, drawn with the recommended settings; FID falls with it, so compare equal numbers.
         batch_size: samples at a time per rank.
         reference: an .npz that evaluations/make_reference.py or ADM made.
         features: module:path of a classifier, in place of the Inception network.
@@ -66,21 +66,20 @@ class TrainConfig(ProcessSettings):
             --model_path takes. They bring model, network, codec and process, and what to recommend, as defaults;
             classes and resolution may differ.
         steps: optimizer steps of the whole run.
-        batch_size: images of a step, over all ranks and all parts of an accumulated step.
-        accumulate: parts in which each rank computes its share of a step, one after the other, to save memory.
-        seed: of initialisation, order of images, timesteps, noise and dropped labels.
-        ema_decay: of the EMA of the weights, which is sampled from; a list keeps several, and the first of them is the
-            one to sample from.
-        ema_half_life: the same in images, in place of ema_decay: after so many, an old weight counts half. As in EDM it
-            is at most 5% of the images seen so far.
+        batch_size: images per optimizer step, over all ranks and accumulated parts.
+        accumulate: number of parts that each rank splits its share of a step into, to save memory.
+        seed: seed of initialisation, order of images, timesteps, noise and dropped labels.
+        ema_decay: decay of the weight EMA; a list keeps several EMAs, of which the first is sampled from.
+        ema_half_life: half-life of the weight EMA in images, in place of ema_decay; as in EDM at most 5% of the images
+            seen so far.
         device: where to run; auto takes a GPU if there is one.
-        precision: of the network in the forward and backward pass; weights stay in fp32. The loss of fp16 is scaled.
+        precision: precision of the forward and backward pass; weights stay in fp32, and with fp16 the loss is scaled.
         compile: compile the network with torch.compile.
-        parallel: what several ranks share out: ddp the batch alone, fsdp (FSDP2) also weights, gradients, optimizer
-            and EMAs, for networks that outgrow a GPU.
-        activation_checkpointing: compute every block again in the backward pass, to save memory.
+        parallel: what is sharded over ranks: ddp shards the batch alone, fsdp (FSDP2) also weights, gradients,
+            optimizer and EMAs, for networks that do not fit into one GPU.
+        activation_checkpointing: recompute every block in the backward pass, to save memory.
         rank_timeout: minutes that ranks wait for one that hangs in a step, before the run ends with an error.
-        max_skipped: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
+        max_skipped: stop after this many consecutive non-finite steps; each such step is skipped.
         log_every: steps between log lines.
         save_every: steps between checkpoints.
         keep: how many of the newest checkpoints stay.

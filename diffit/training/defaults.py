@@ -7,7 +7,6 @@ machine. The settings for a laptop were found by trying (docs/own_images.md); th
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -18,7 +17,7 @@ from diffit.codec import vae_config, vae_is_at_hand
 from diffit.config import PIXELS, STABILITY_VAE
 from diffit.data.files import ImageFiles
 from diffit.models.config import build_model
-from diffit.system.files import printable
+from diffit.system.console import warn
 from diffit.system.ranks import detect_world
 from diffit.training.config import TrainConfig
 
@@ -50,9 +49,7 @@ def choose_settings(pictures: ImageFiles, given: Mapping[str, Any], device: str)
         if vae_is_at_hand(_STABILITY):
             vae = _STABILITY
         elif detect_world().is_main:
-            print(
-                f"{_STABILITY} is neither here nor can it be downloaded: pixels of 64x64 are learned", file=sys.stderr
-            )
+            warn(f"{_STABILITY} is neither here nor can it be downloaded: pixels of 64x64 are learned")
     chosen = _BOTH | (_GPU if on_gpu else _LAPTOP)
     if vae == PIXELS:
         for_gpu = "ImageDiffit-CIFAR10" if side <= 40 else "ImageDiffit-FFHQ64"
@@ -96,4 +93,4 @@ def describe(config: TrainConfig, class_names: Sequence[str], count: int) -> lis
         f"settings: {where}/config.yaml, from where the same command goes on; previews: {where}/previews",
     ]
     wish = f" --class_labels {shlex.quote(class_names[0])}" if class_names and classes else ""
-    return [printable(line) for line in (*lines, f"then: python sample.py --model_path {where}{wish}")]
+    return [*lines, f"then: python sample.py --model_path {where}{wish}"]

@@ -19,6 +19,7 @@ from diffit.diffusion import create_process
 from diffit.models.config import NetworkConfig, build_model, model_config
 from diffit.sampling.images import ImageSampler
 from diffit.system import distributed
+from diffit.system.console import say
 from diffit.system.device import explained_memory, resolve_device, set_matmul_precision
 from diffit.system.files import exclusive
 from diffit.system.ranks import World, detect_world
@@ -68,8 +69,8 @@ def train(task: TrainTask) -> Path:
         pictures = ImageSampler.create(ema, description, device, precision=config.precision) if shows else None
         score = create_scorer(pictures, config, device) if pictures and config.evaluation.every else None
         changed = distributed.on_main(world, lambda: record_start(run_dir, config, state.step))
-        for line in describe(config, data.class_names, len(data.labels)) if world.is_main else []:
-            print(line)
+        if world.is_main:
+            say(*describe(config, data.class_names, len(data.labels)))
         logger = MetricLogger(config, description.network, state.step, device, world)
 
         def save(last: bool) -> None:

@@ -118,7 +118,7 @@ def test_refusals():
         with pytest.raises(ValueError, match=words):
             check_process(FlowConfig(), sampling, guidance)
     check_process(FlowConfig(), SamplingConfig("heun"), GuidanceConfig(interval=(100, 800)))
-    with pytest.raises(ValueError, match="euler takes a number of steps above 0, not '0'"):
+    with pytest.raises(ValueError, match="of euler must be a whole number above 0, not '0'"):
         create_sampler(FlowConfig(), SamplingConfig("euler", 0))
     with pytest.raises(ValueError, match="unknown distribution of times 'beta'"):
         FlowMatching(FlowConfig("beta"))

@@ -90,7 +90,7 @@ def test_refusals(checkpoints):
         ({"class_labels": ["horse"]}, "there is no class 'horse'"),
         ({"num_samples": 0}, "must be at least 1"),
         ({"seed": -1}, "the seed must be between 0 and"),
-        ({"num_sampling_steps": 5000}, "cannot take 5000 steps"),
+        ({"num_sampling_steps": 5000}, "must be between 1 and 1000, not 5000"),
     ):
         with pytest.raises(ValueError, match=words):
             sample_images(model, config, **settings)
