@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Estimate:
     activations: int
 
 
+@cache
 def estimate(network: NetworkConfig) -> Estimate:
     """Count a network's work by running it on shapes without numbers."""
     with torch.device("meta"):
