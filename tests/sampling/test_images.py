@@ -216,5 +216,5 @@ def test_solvers_take_less_steps_than_there_are_timesteps(checkpoints, sampler):
     model, config = load_model(checkpoints["latent"])
     config = replace(config, diffusion=replace(config.diffusion, diffusion_steps=25))
     sample_images(model, config, 1, sampler=sampler, num_sampling_steps=24)
-    with pytest.raises(ValueError, match="takes a number of steps between 1 and 24, not '25'"):
+    with pytest.raises(ValueError, match="must be a whole number between 1 and 24, not '25'"):
         sample_images(model, config, 1, sampler=sampler, num_sampling_steps=25)
