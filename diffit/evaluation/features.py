@@ -5,7 +5,8 @@ A classifier joins in by a Python module with one function, as `inception.py` ha
     load_features(path: Path | None, device: torch.device)
         -> callable (images: uint8 tensor [B, H, W, C] on that device) -> (features [B, D], probabilities [B, K])
 
-It is named `--features module:path`: an importable module or a .py file, and the checkpoint to hand to it.
+It is named `--features module:path`: an importable module or a .py file, and the checkpoint to hand to it, which may be
+left out. Without probabilities, (features,), there is no Inception Score. `NAMED` modules have a short name.
 Letters: B images of a batch, D features, K classes, S spatial features.
 """
 
@@ -27,9 +28,10 @@ from torch import Tensor
 from diffit.evaluation import inception, inception_tensorflow
 from diffit.evaluation.downloads import INCEPTION_GRAPH, INCEPTION_STATE, cache_folder, cached, verify
 from diffit.evaluation.reader import Images
-from diffit.system.files import sha256
+from diffit.system.files import first_line, sha256
 
 INCEPTION = "inception-2015"
+NAMED = {"dinov2": "diffit.evaluation.dinov2"}
 Extract = Callable[[Tensor], Sequence[Any]]
 _INCEPTION: dict[str, Callable[[Path, torch.device], Extract]] = {
     "torch": inception.load_features,
@@ -41,7 +43,7 @@ class Features(NamedTuple):
     """What a backend says about a batch, float32."""
 
     pool: NDArray[np.float32]  # [B, D]
-    probabilities: NDArray[np.float32]  # [B, K]
+    probabilities: NDArray[np.float32] | None = None  # [B, K]
     spatial: NDArray[np.float32] | None = None  # [B, S], where sFID is defined
 
 
@@ -68,7 +70,7 @@ def create_backend(
     """The backend that these choices name.
 
     kind: 'torch' or 'tensorflow', both with the Inception weights of 2015; weights: their file, else it is looked for
-    in the cache and fetched; features: 'module:path' of a classifier that is used instead.
+    in the cache and fetched; features: 'module', 'module:path' or a short name, of features that are used instead.
 
     Raises:
         ValueError: if a choice is unknown, a file is damaged, or a package is missing.
@@ -104,22 +106,24 @@ def to_rgb(images: Tensor) -> Tensor:
 
 
 def _classifier(spec: str, device: torch.device) -> Backend:
-    """The backend of 'module:path' (see above)."""
-    module_name, _, path = spec.rpartition(":")
-    if not module_name or not path:
-        raise ValueError(f"--features {spec}: write MODULE:CHECKPOINT, as in my_classifier.py:weights.safetensors")
-    if not Path(path).is_file():
+    """The backend of 'module' or 'module:path' (see above)."""
+    module, _, path = spec.partition(":")
+    module = NAMED.get(module, module)
+    if path and not Path(path).is_file():
         raise FileNotFoundError(f"--features {spec}: the checkpoint {path} does not exist")
     try:
-        if not module_name.endswith(".py"):
-            members = vars(importlib.import_module(module_name))
-        elif Path(module_name).is_file():
-            members = runpy.run_path(module_name)
+        if not module.endswith(".py"):
+            members = vars(importlib.import_module(module))
+        elif Path(module).is_file():
+            members = runpy.run_path(module)
         else:
-            raise ValueError(f"--features: the module {module_name} does not exist")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--features: the module {module_name} cannot be imported ({error})") from error
+            raise ModuleNotFoundError("there is no such file")
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"--features {spec}: {module or 'a module'} cannot be imported ({first_line(error)}): write "
+            f"MODULE:CHECKPOINT, as in my_classifier.py:weights.safetensors, MODULE alone, or {' or '.join(NAMED)}"
+        ) from error
     if "load_features" not in members:
-        raise ValueError(f"--features {spec}: {module_name} has no function load_features(path, device)")
-    name = re.split(r"[./\\]", module_name.removesuffix(".py"))[-1]
-    return Backend(f"{name}-{sha256(Path(path))[:12]}", device, members["load_features"](Path(path), device))
+        raise ValueError(f"--features {spec}: {module} has no function load_features(path, device)")
+    name = re.split(r"[./\\]", module.removesuffix(".py"))[-1] + (f"-{sha256(Path(path))[:12]}" if path else "")
+    return Backend(name, device, members["load_features"](Path(path) if path else None, device))

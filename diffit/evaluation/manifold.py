@@ -7,6 +7,7 @@ Letters: N, M points, D features, B points of a block, k neighbours.
 
 from __future__ import annotations
 
+import itertools
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -88,6 +89,32 @@ def precision_recall(
         a_inside[i] |= (distances <= radii_b[j]).any(dim=1)
         b_inside[j] |= (distances <= radii_a[i, None]).any(dim=0)
     return PrecisionRecall(b_inside.double().mean().item(), a_inside.double().mean().item())
+
+
+def kernel_distance(reference: Any, samples: Any) -> float:
+    """KID (Binkowski et al. 2018): the squared maximum mean discrepancy with the kernel (x·y / D + 1)³.
+
+    The unbiased estimate over all pairs, where other code averages over random subsets of 1000: it has no error of the
+    choice, may be slightly negative, and unlike FID does not depend on the number of samples but for its noise.
+
+    reference: [M, D], samples: [N, D], arrays or tensors on one device.
+
+    Raises:
+        ValueError: if a set has fewer than 2 points.
+    """
+    x, y = torch.as_tensor(reference).float(), torch.as_tensor(samples).float()
+    if min(len(x), len(y)) < 2:
+        raise ValueError("a kernel distance needs at least 2 images on each side")
+
+    def total(a: Tensor, b: Tensor) -> float:
+        blocks = itertools.product(_blocks(len(a), False), _blocks(len(b), False))
+        return sum((a[i] @ b[j].T / a.shape[1] + 1).pow(3).sum(dtype=torch.float64).item() for i, j in blocks)
+
+    def within(a: Tensor) -> float:
+        itself = (a.square().sum(1) / a.shape[1] + 1).pow(3).sum(dtype=torch.float64).item()
+        return (total(a, a) - itself) / (len(a) * (len(a) - 1))
+
+    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
 
 
 def _blocks(count: int, fp16: bool) -> list[slice]:

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from diffit.evaluation import manifold
-from diffit.evaluation.manifold import manifold_radii, precision_recall
+from diffit.evaluation.manifold import kernel_distance, manifold_radii, precision_recall
 from tests.conftest import GOLDEN
 
 
@@ -70,3 +70,13 @@ def test_too_few_points_and_other_features_are_refused():
         manifold_radii(np.zeros((3, 2)))
     with pytest.raises(ValueError, match="same backend"):
         precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))
+
+
+def test_kernel_distance_is_the_unbiased_estimate_over_all_pairs(golden, monkeypatch):
+    x, y = golden["eval/ref"].astype(float), golden["eval/sample"].astype(float)
+    kernel = {name: (a @ b.T / a.shape[1] + 1) ** 3 for name, a, b in (("xx", x, x), ("yy", y, y), ("xy", x, y))}
+    off = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel["xx"], kernel["yy"])]
+    monkeypatch.setattr(manifold, "_BLOCK", 7)
+    assert kernel_distance(x, y) == pytest.approx(sum(off) - 2 * kernel["xy"].mean(), rel=1e-4)
+    with pytest.raises(ValueError, match="at least 2"):
+        kernel_distance(x, y[:1])
