@@ -62,7 +62,7 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("torch", "tensorflow"), help="of Inception (default: torch)")
     parser.add_argument("--weights", type=Path, help="Inception weights (.pb or .pth); default: the cache, or fetched")
     parser.add_argument(
-        "--features", metavar="MODULE:FILE", help="a classifier instead of Inception, see docs/evaluate.md"
+        "--features", metavar="MODULE[:FILE]", help="dinov2, or features of your own, in place of Inception's"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time (default: 64)")
@@ -79,6 +79,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     parser.add_argument("--pr_fp16", type=boolean, default=True, help="False: exact precision and recall, not ADM's")
+    parser.add_argument("--kid", type=boolean, default=False, help="True: the kernel distance (KID) too")
+    parser.add_argument("--bootstrap", type=int, default=0, help="print standard errors, from so many random halves")
     parser.add_argument("--self_test", action="store_true", help="score ADM's public pair and compare with its README")
     add_backend_flags(parser)
     return parser.parse_args(arguments)
@@ -110,14 +112,14 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
             reference = fashion.bundled_reference(backend)
             test = fashion.score_test_images(file.count, reference, backend, manifold)
         else:
-            reference = load_reference(real, backend, manifold, args.batch_size, progress=True)
+            reference = load_reference(real, backend, manifold or args.kid, args.batch_size, progress=True)
             size = backend(next(file.batches(1))).pool.shape[1]
             if size != len(reference.mean):
                 raise ValueError(
                     f"{real.path} holds moments of {len(reference.mean)} features, {backend.name} has {size}"
                 )
         batches, labels = file.batches(args.batch_size, first, end), None if real else class_labels(file)
-        scores = score_images(batches, reference, backend, manifold, end - first, labels)
+        scores = score_images(batches, reference, backend, manifold, end - first, labels, args.kid, args.bootstrap)
     adm = {"precision_fp16": scores.precision, "recall_fp16": scores.recall}
     if not args.pr_fp16:
         scores, test = _exact(scores), test and _exact(test)
@@ -177,7 +179,8 @@ def _open(args: argparse.Namespace) -> tuple[ImageSource | None, ImageSource]:
 
 def _exact(scores: Scores) -> Scores:
     """With precision and recall of exact distances in the place of ADM's."""
-    return replace(scores, precision=scores.precision_exact, recall=scores.recall_exact)
+    errors = scores.errors | {name: scores.errors[f"{name}_exact"] for name in ("precision", "recall") if scores.errors}
+    return replace(scores, precision=scores.precision_exact, recall=scores.recall_exact, errors=errors)
 
 
 def _lines(scores: Scores, test: Scores | None, needs: dict[str, str]) -> list[str]:
@@ -185,10 +188,11 @@ def _lines(scores: Scores, test: Scores | None, needs: dict[str, str]) -> list[s
     lines = []
     for field, label in LABELS.items():
         value, real = getattr(scores, field), getattr(test, field, None)
+        error = f" ± {scores.errors[field]:.2g}" if field in scores.errors else ""
         if value is not None and test and real is not None:
-            lines.append(f"{label}: {value:.4f}  ({test.count} real test images: {real:.4f})")
+            lines.append(f"{label}: {value:.4f}{error}  ({test.count} real test images: {real:.4f})")
         elif value is not None:
-            lines.append(f"{label}: {value}")
+            lines.append(f"{label}: {value}{error}")
         elif needs[field]:
             lines.append(f"{label}: not defined, it needs {needs[field]}")
     return lines

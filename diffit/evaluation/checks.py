@@ -75,7 +75,8 @@ def check_labels(file: ImageSource) -> tuple[str, list[str]]:
         return "none stored", [ignored] if "arr_1" in file.keys else []
     counts = np.bincount(labels)
     used, expected = counts[counts > 0], counts.mean()
-    shown = f"{len(used)} classes, {used.min()} to {used.max()} images each (mean {used.mean():.1f})"
+    balanced = ", balanced: every class in turn" * bool((labels == np.arange(len(labels)) % len(counts)).all())
+    shown = f"{len(used)} classes, {used.min()} to {used.max()} images each (mean {used.mean():.1f}){balanced}"
     # Pearson's statistic of labels drawn evenly has mean K - 1 and variance 2 (K - 1); 5 deviations are no accident.
     excess = ((counts - expected) ** 2 / expected).sum() - (len(counts) - 1)
     if excess <= 5 * np.sqrt(2 * len(counts)):

@@ -6,7 +6,8 @@ Letters: N images, B of a batch, D features, K classes, S spatial features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 
 from diffit.evaluation.features import INCEPTION, Backend
-from diffit.evaluation.manifold import manifold_radii, precision_recall
+from diffit.evaluation.manifold import kernel_distance, manifold_radii, precision_recall
 from diffit.evaluation.reader import Images, ImageSource, open_images
-from diffit.evaluation.statistics import Floats, Moments, accuracy, frechet_distance, inception_score
+from diffit.evaluation.statistics import (
+    Floats,
+    Moments,
+    SingularCovarianceWarning,
+    accuracy,
+    frechet_distance,
+    inception_score,
+)
 from diffit.system.console import progress
 from diffit.system.distributed import World, on_main
 
@@ -37,14 +45,16 @@ class Scores:
     """The accuracy and the five numbers of ADM, in its order; None where one is not defined or was left out."""
 
     accuracy: float | None = _metric("Classified as asked")  # by the classifier, where the labels are its classes
-    inception_score: float = _metric("Inception Score")
+    inception_score: float | None = _metric("Inception Score", "class probabilities")
     fid: float = _metric("FID")
+    kid: float | None = _metric("KID")
     sfid: float | None = _metric("sFID", "Inception's spatial features")
     precision: float | None = _metric("Precision", "more than 3 samples")  # in half precision, as published numbers are
     recall: float | None = _metric("Recall", "more than 3 samples")
     precision_exact: float | None = None  # with distances in float32
     recall_exact: float | None = None
     count: int  # N, the samples they are of
+    errors: dict[str, float] = field(default_factory=dict)  # standard errors over samples, by field, if asked for
 
     def labelled(self) -> dict[str, float]:
         """The scores that have a label and are defined, by field."""
@@ -61,7 +71,7 @@ class Collected:
     """What is kept of a stream of images: enough for every score, but not the images."""
 
     pool: NDArray[np.float32]  # [N, D]
-    probabilities: NDArray[np.float32]  # [N, K]
+    probabilities: NDArray[np.float32]  # [N, K]; K is 0 where the features come without
     moments: Moments  # of pool
     spatial: Moments  # empty where a backend has none
 
@@ -106,7 +116,8 @@ def collect(
             if not np.isfinite(features.pool).all():
                 raise ValueError(f"the features ({backend.name}) of some images are NaN or infinite: check the weights")
             pool.append(features.pool)
-            probabilities.append(features.probabilities)
+            none = np.empty((len(batch), 0), np.float32)
+            probabilities.append(none if features.probabilities is None else features.probabilities)
             moments.update(features.pool)
             if features.spatial is not None:
                 spatial.update(features.spatial)
@@ -134,46 +145,62 @@ def score_images(
     manifold: bool = True,
     total: int | None = None,
     labels: ArrayLike | None = None,
+    kid: bool = False,
+    bootstrap: int = 0,
 ) -> Scores:
     """Scores of images against a reference that was loaded with the same backend.
 
     batches: this rank's share, uint8 [B, H, W, C] in any batch sizes; manifold: also precision and recall, whose
     cost grows with N²; total: images of this rank, shows progress bars; labels: [N] of the images of all ranks, in
-    classes of the backend, for the accuracy.
+    classes of the backend, for the accuracy; kid: also the kernel distance, whose cost grows with N² too; bootstrap:
+    from how many random halves of the samples standard errors are estimated, 0 for none.
 
     Raises:
         ValueError: if there are no images, or reference and samples do not fit.
     """
     found = collect(batches, backend, total, "sample features")
-    names, progress = ("reference", "samples"), total is not None
+    names, show = ("reference", "samples"), total is not None
+    asked = None if labels is None else np.asarray(labels)
+    if (manifold or kid) and reference.pool is None:
+        raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
+
+    def scores_of(chosen: NDArray[np.int64], covariance: Floats, mean: Floats, show: bool) -> dict[str, float]:
+        """What features alone give, of some of the samples."""
+        probabilities = found.probabilities[chosen]
+        scores = {"fid": frechet_distance(reference.mean, reference.covariance, mean, covariance, names)}
+        if probabilities.shape[1]:
+            scores["inception_score"] = inception_score(probabilities)
+        if asked is not None:
+            scores["accuracy"] = accuracy(probabilities, asked[chosen])
+        if manifold or kid:
+            real, pool = (torch.from_numpy(part).to(backend.device) for part in (reference.pool, found.pool[chosen]))
+        if kid:
+            scores["kid"] = kernel_distance(real, pool)
+        radii: Any = reference.radii if manifold and reference.radii is not None else []
+        for kind, fp16, own in zip(("", "_exact"), (True, False), radii, strict=False):
+            shares = precision_recall(real, pool, fp16=fp16, progress=show, reference_radii=own)
+            scores |= {f"precision{kind}": shares.precision, f"recall{kind}": shares.recall}
+        return scores
 
     def compare() -> Scores:
         """What rank 0 makes of all ranks' features."""
-        mean, covariance = found.moments.mean, found.moments.covariance()
-        sfid: float | None = None
+        count, sfid = found.moments.count, None
         if found.spatial.count and reference.spatial is not None:
             sfid = frechet_distance(*reference.spatial, found.spatial.mean, found.spatial.covariance(), names)
-        shares: Sequence[float | None] = (None,) * 4
-        if manifold:
-            if reference.pool is None or reference.radii is None:
-                raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
-            real, pool = (torch.from_numpy(features).to(backend.device) for features in (reference.pool, found.pool))
-            adm, exact = (
-                precision_recall(real, pool, fp16=fp16, progress=progress, reference_radii=radii)
-                for fp16, radii in zip((True, False), reference.radii, strict=True)
-            )
-            shares = (*adm, *exact)
-        return Scores(
-            count=found.moments.count,
-            inception_score=inception_score(found.probabilities),
-            fid=frechet_distance(reference.mean, reference.covariance, mean, covariance, names),
-            sfid=sfid,
-            precision=shares[0],
-            recall=shares[1],
-            precision_exact=shares[2],
-            recall_exact=shares[3],
-            accuracy=None if labels is None else accuracy(found.probabilities, labels),
-        )
+        whole = scores_of(np.arange(count), found.moments.covariance(), found.moments.mean, show)
+        if bootstrap and count < 10:
+            raise ValueError(f"standard errors need at least 10 samples, not {count}")
+        # Over random halves of one set a score varies as much as that of whole sets does from set to set: the jackknife
+        # that deletes half (Shao & Wu 1989). Drawing with replacement would give precision and recall their duplicates.
+        draw, halves = np.random.default_rng(0), []
+        for _ in progress(range(bootstrap), "standard errors", show=show, leave=False):
+            half, moments = draw.permutation(count)[: count // 2], Moments()
+            moments.update(found.pool[half])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SingularCovarianceWarning)  # of all samples it was said
+                halves.append(scores_of(half, moments.covariance(), moments.mean, False))
+        errors = {name: float(np.std([half[name] for half in halves], ddof=1)) for name in whole if halves}
+        return Scores(count=count, sfid=sfid, errors=errors, **whole)
 
     return on_main(_world(), compare)
 
