@@ -25,7 +25,8 @@ class SampleConfig(ProcessSettings):
         num_samples: how many samples to make.
         batch_size: samples at a time per rank; it does not change the samples.
         seed: seed of the set; sample i depends on (seed, i) and the settings alone.
-        class_labels: numbers or names of classes, repeated in turn; drawn at random per sample by default.
+        class_labels: numbers or names of classes, repeated in turn, or all: sample i is of class i modulo their number;
+            drawn at random per sample by default.
         class_cond: False samples without classes.
         vae: an AutoencoderKL of diffusers, a folder or a Hub id, in place of the checkpoint's own.
         device: where to run; auto takes a GPU if there is one.

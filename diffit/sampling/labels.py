@@ -33,7 +33,8 @@ def resolve_labels(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
 
     Args:
         labels: integers, which are class numbers, or texts: a name in its exact spelling, else a number (where every
-            name is a number, the name is meant), one of ImageNet's synonyms, or a name or synonym in any case.
+            name is a number, the name is meant), one of ImageNet's synonyms, or a name or synonym in any case. The
+            text 'all' alone, unless it is a class, stands for every class in turn.
         names: of the classes, from `class_names`.
 
     Raises:
@@ -43,6 +44,8 @@ def resolve_labels(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
         return []
     if not names:
         raise ValueError("the model knows no classes: leave the class labels out")
+    if list(labels) == ["all"] and "all" not in names:
+        return list(range(len(names)))
     tables = _tables(names)
     resolved = []
     for label in labels:

@@ -83,3 +83,10 @@ def test_names_must_fit_the_network():
     assert class_names(config_of(["cat", "dog"], 4)) == ["cat", "dog", "2", "3"]
     with pytest.raises(ValueError, match="names 40 classes and its network has 10"):
         class_names(config_of([f"c{number}" for number in range(40)], 10))
+
+
+def test_all_stands_for_every_class_in_turn_unless_a_class_is_called_so():
+    assert resolve_labels(["all"], ["cat", "dog", "eel"]) == [0, 1, 2]
+    assert resolve_labels(["all"], ["some", "all"]) == [1]
+    with pytest.raises(ValueError, match="no class 'all'"):
+        resolve_labels(["all", "cat"], ["cat", "dog"])
