@@ -33,15 +33,16 @@ from typing import Any
 import torch
 import yaml
 from ablations_report import cost_table, write_report
-from scoring import draw, held_out_loss, open_scorer
+from scoring import held_out_loss, open_reference, score
 from studies import load_studies, variants_for
 
-from diffit import load_model
+from diffit import ImageSampler, load_model
 from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
 from diffit.cli.run import one_sentence
 from diffit.cli.train import parse_train
 from diffit.config import PIXELS
 from diffit.models.config import model_config
+from diffit.sampling.config import SampleConfig
 from diffit.settings import FREE, settings_that
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, difference, write_atomically
@@ -126,8 +127,11 @@ def train_and_score(task: TrainTask, curve: bool) -> None:
         model, found = load_model(checkpoint / EMA_FILE)
         model = model.to(device).requires_grad_(False)
         unguided = replace(found, guidance=replace(found.guidance, enabled=False))
-        samples = draw(model, unguided, wanted.samples, wanted.batch_size, device, f"samples of step {int(name)}")
-        scores[name] = open_scorer(device)(*samples) | {"held_out_loss": held_out_loss(model, found, device)}
+        drawn = SampleConfig(num_samples=wanted.samples, batch_size=wanted.batch_size)
+        pictures, title = ImageSampler.create(model, unguided, device), f"samples of step {int(name)}"
+        measured = score(pictures, drawn, *open_reference(device), title, manifold=False)
+        scores[name] = {"samples": measured.count, "frechet": measured.fid, "accuracy": measured.accuracy or 0.0}
+        scores[name]["held_out_loss"] = held_out_loss(model, found, device)
         write_atomically(path, json.dumps(scores, indent=1).encode())
         shown = ", ".join(f"{key} {value:.4g}" for key, value in scores[name].items())
         print(f"step {int(name)}: {shown}", flush=True)

@@ -32,6 +32,6 @@ part attention python tools/attention_maps.py --num_samples 2 --class_labels 7 3
 part denoising python tools/denoising.py
 part tour python -m tests.test_tour
 samples fast 1000 --fast True
-part sweep python tools/guidance_sweep.py --num_samples 250 --scales 1 1.25 1.5 2 4 --out "$out/sweep" \
-    --plot docs/assets/guidance_sweep.png
+part sweep python tools/sweep.py cfg_scale=1,1.25,1.5,2,4 guidance.schedule=constant,power_cosine --num_samples 250 \
+    --out "$out/sweep" --plot docs/assets/guidance_sweep.png
 samples unguided 10000 --cfg_cond False

@@ -5,23 +5,24 @@ By default both are seen by the classifier of Fashion-MNIST; with a reference fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from diffit import sample_images
+from diffit import ImageSampler
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.codec import VAECodec, create_codec
-from diffit.data.datasets import fashion_mnist
+from diffit.data.datasets import FASHION_CLASSES, fashion_mnist
 from diffit.diffusion import create_process
 from diffit.diffusion.noise import keyed_generator
 from diffit.evaluation.fashion import FEATURES, bundled_reference
-from diffit.evaluation.features import create_backend
-from diffit.evaluation.scores import collect, load_reference
-from diffit.evaluation.statistics import frechet_distance
+from diffit.evaluation.features import Backend, create_backend
+from diffit.evaluation.reader import Images
+from diffit.evaluation.scores import Reference, Scores, load_reference, score_images
+from diffit.sampling.config import SampleConfig
+from diffit.sampling.labels import class_names, resolve_labels
 from diffit.system.console import progress
 from diffit.system.device import to_device
 
@@ -30,44 +31,46 @@ _BATCH = 500
 _HELD_OUT = 31  # its stream of random numbers
 
 
-def open_scorer(
-    device: torch.device, reference: str | None = None
-) -> Callable[[NDArray[np.uint8], NDArray[np.int64]], dict[str, float]]:
-    """A function from uint8 images [N, H, W, C], and the classes [N] that they were asked to show, to their scores.
+def open_reference(
+    device: torch.device, reference: str | None = None, features: str | None = None
+) -> tuple[Backend, Reference]:
+    """What samples are seen by, and compared with: the training set of Fashion-MNIST, as its classifier sees it.
 
-    Scores are `samples` (N), `frechet` and, of the classifier of Fashion-MNIST, `accuracy` in 0..1. It compares with
-    its training set; with a `reference` .npz, Inception compares with that.
+    reference: an .npz, folder or ZIP of other images, seen by Inception or by `features`, as the evaluator takes them.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence, if reference or weights cannot be had.
     """
-    backend = create_backend("torch", features=None if reference else FEATURES, device=device)
-    real = load_reference(reference, backend, manifold=False) if reference else bundled_reference(backend)
-
-    def score(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, float]:
-        found = collect((images[i : i + _BATCH] for i in range(0, len(images), _BATCH)), backend)
-        distance = frechet_distance(real.mean, real.covariance, found.moments.mean, found.moments.covariance())
-        scores = {"samples": len(images), "frechet": float(distance)}
-        if not reference:
-            scores["accuracy"] = float((found.probabilities.argmax(1) == labels).mean())
-        return scores
-
-    return score
+    backend = create_backend("torch", features=features if reference else FEATURES, device=device)
+    return backend, load_reference(reference, backend) if reference else bundled_reference(backend)
 
 
-def draw(
-    model: nn.Module, config: CheckpointConfig, count: int, batch_size: int, device: torch.device, title: str
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Samples of random classes from seed 0, with the settings of `config`: images [N, H, W, C], labels [N]."""
-    with progress(title=title, total=count, unit="img", leave=False) as bar:
-        return sample_images(
-            model,
-            config,
-            count,
-            batch_size=batch_size,
-            device=device,
-            callback=lambda step, steps, x: bar.update(len(x) if step == steps else 0),
-        )
+def score(
+    pictures: ImageSampler,
+    config: SampleConfig,
+    backend: Backend,
+    reference: Reference,
+    title: str,
+    bootstrap: int = 0,
+    manifold: bool = True,
+) -> Scores:
+    """Scores of the samples that sample.py draws with this config; accuracy where the classifier knows the classes.
+
+    title: of the progress bar; bootstrap, manifold: see `score_images`.
+    """
+    count, size, seed = config.num_samples, config.batch_size, config.seed
+    names = class_names(pictures.config)
+    classes = resolve_labels(config.class_labels or [], names)
+    labels = pictures.labels(range(count), seed, classes)
+    known = backend.name.startswith("fashion-") and tuple(names) == FASHION_CLASSES
+
+    def batches() -> Iterator[Images]:
+        for start in progress(range(0, count, size), title, unit="batch", leave=False):
+            part = range(start, min(start + size, count))
+            yield pictures.draw(part, labels[part.start : part.stop], seed).cpu().numpy()
+
+    seen = labels.cpu().numpy() if known else None
+    return score_images(batches(), reference, backend, manifold, labels=seen, bootstrap=bootstrap)
 
 
 @torch.no_grad()
