@@ -26,7 +26,7 @@ EXCEPTIONS = {
     ("diffit/cli/pipeline.py", "main"): "a folder of diffusers, whose index comes last",
     ("diffit/pipeline.py", "save_pretrained"): "the same",
     ("diffit/pipeline.py", "push_to_hub"): "a temporary folder",
-    ("tools/fashion.py", "make_vae"): "a folder of diffusers",
+    ("tools/vae.py", "make_vae"): "a folder of diffusers",
 }
 NAMES = {"write_text", "write_bytes", "savez", "savez_compressed", "savetxt", "save", "savefig", "save_file", "tofile"}
 NAMES |= {"to_csv", "imsave", "dump", "copyfile", "copy2", "urlretrieve", "save_pretrained"}

@@ -1,11 +1,10 @@
 """Make what is bundled for Fashion-MNIST, each part of the one before: python tools/fashion.py PART
 
-vae         train the VAE of Diffit-Fashion, a diffusers AutoencoderKL: grey 32x32 images -> latents 4x8x8
 bundle      put a checkpoint of train.py into the package, in fp16; the loader computes in fp32 again
 classifier  train the classifier that scores samples, on the real training set: it sees nothing generated
 reference   make the reference, of the real images as the bundled classifier sees them
 
-On a GPU 120 epochs of the VAE take minutes, on two CPU cores a day. A new classifier needs a new reference.
+`python tools/vae.py train` trains the VAE. A new classifier needs a new reference.
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
@@ -18,7 +17,6 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 import argparse
 import io
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from diffit.checkpoint.resolve import BUNDLED
 from diffit.checkpoint.weights import load_model, save_checkpoint
@@ -42,7 +38,6 @@ from diffit.evaluation.scores import Reference, both_radii, collect, score_image
 from diffit.system.console import progress
 from diffit.system.files import write_atomically
 
-KL_WEIGHT = 1e-4  # per latent value, beside an L1 + MSE per pixel on [-1, 1]
 REFERENCE_IMAGES, TEST_IMAGES = 10_000, 2_000
 
 
@@ -55,76 +50,6 @@ def load_data(train: bool, device: str) -> tuple[Tensor, Tensor]:
 
 def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
-
-
-def create_vae() -> AutoencoderKL:
-    """0.83 M parameters, two halvings."""
-    return AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=32,
-        scaling_factor=1.0,
-    )
-
-
-def vae_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Reconstruction and a light KL of a batch [B, 1, 32, 32]."""
-    mean, log_variance = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
-    latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-    reconstruction = vae.decoder(vae.post_quant_conv(latents))
-    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-    return F.l1_loss(reconstruction, x) + F.mse_loss(reconstruction, x) + KL_WEIGHT * kl
-
-
-def train_vae(args: argparse.Namespace, images: Tensor) -> AutoencoderKL:
-    """Adam with a falling rate, bf16 autocast on a GPU; returns the EMA.
-
-    Stops early, at a rate of zero, if `minutes` would be exceeded: the rate follows whichever clock is ahead.
-    """
-    vae = create_vae().to(args.device)
-    steps = args.epochs * (len(images) // args.batch_size)
-    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr, fused=True)
-    loss_fn = torch.compile(vae_loss, mode="reduce-overhead") if images.is_cuda else vae_loss
-    start, bar = time.monotonic(), progress(range(steps))
-    for step in bar:
-        elapsed = max(step / steps, (time.monotonic() - start) / (60 * args.minutes))
-        if elapsed >= 1:
-            break
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 500) * (1 - elapsed)
-        batch = to_float(images[torch.randint(len(images), (args.batch_size,), device=images.device)])
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            loss = loss_fn(vae, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(vae)
-        if step % 500 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-    return ema.module.eval()
-
-
-@torch.no_grad()
-def make_vae(args: argparse.Namespace) -> None:
-    """Train the VAE; its config carries mean and deviation of the latents, per channel."""
-    images, test = (load_data(train, args.device)[0] for train in (True, False))
-    with torch.enable_grad():
-        vae = train_vae(args, images)
-    latents = torch.cat([vae.encode(to_float(part)).latent_dist.sample() for part in images.split(1000)]).double()
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    decoded = [vae.decode(vae.encode(to_float(part)).latent_dist.mean).sample for part in test.split(1000)]
-    error = (torch.cat(decoded).clamp(-1, 1) - to_float(test)) / 2  # on [0, 1]
-    psnr = -10 * error.square().mean().log10()
-    print(json.dumps({"parameters": vae.num_parameters(), "l1": error.abs().mean().item(), "psnr": psnr.item()}))
-    vae.half().save_pretrained(args.out)
 
 
 def make_bundle(args: argparse.Namespace) -> None:
@@ -214,16 +139,10 @@ def main() -> None:
         if name != "bundle":
             device = "cuda" if torch.cuda.is_available() else "cpu"
             part.add_argument("--device", default=device, help="cuda or cpu")
-        if name in ("vae", "classifier"):
+        if name == "classifier":
             part.add_argument("--seed", type=int, default=0, help="of initialisation and order")
         return part
 
-    vae = add_part("vae", make_vae)
-    vae.add_argument("--epochs", type=int, default=120, help="passes over the 60,000 images")
-    vae.add_argument("--minutes", type=float, default=float("inf"), help="finish within this time")
-    vae.add_argument("--batch_size", type=int, default=256, help="images per step")
-    vae.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    vae.add_argument("--out", type=Path, required=True, help="folder for the trained VAE")
     bundle = add_part("bundle", make_bundle)
     bundle.add_argument("checkpoint", type=Path, help="an ema.safetensors that train.py wrote")
     classifier = add_part("classifier", make_classifier)

@@ -113,6 +113,13 @@ class ImageFiles:
                 found.append((*picture.size, 1 if is_grey(picture) else 3))
         return found
 
+    def channels(self) -> int:
+        """3 if any picture has colours, by its header; else 1, which takes a look at all."""
+        some = self.headers()
+        grey = all(channels == 1 for _, _, channels in some)
+        every = self.headers(len(self)) if grey and len(some) < len(self) else some
+        return max((channels for _, _, channels in every), default=3)
+
     def stamps(self) -> NDArray[np.uint64]:
         """A number for each picture that changes with its name or content (of a file with its size or time), [N]."""
         if self.places is None:

@@ -41,10 +41,7 @@ def choose_settings(pictures: ImageFiles, given: Mapping[str, Any], device: str)
         device: kind of the device: cpu, cuda or mps; what is not CUDA counts as a laptop.
     """
     on_gpu, vae, network = device == "cuda", given.get("codec.vae", PIXELS), given.get("network", {})
-    headers = pictures.headers()
-    side = median([min(width, height) for width, height, _ in headers] or [32])
-    if all(channels == 1 for _, _, channels in headers):  # as none of all may lose its colours
-        headers = pictures.headers(len(pictures))
+    side = median([min(width, height) for width, height, _ in pictures.headers()] or [32])
     if "codec.vae" not in given and on_gpu and side >= 128:
         if vae_is_at_hand(_STABILITY):
             vae = _STABILITY
@@ -54,7 +51,7 @@ def choose_settings(pictures: ImageFiles, given: Mapping[str, Any], device: str)
     if vae == PIXELS:
         for_gpu = "ImageDiffit-CIFAR10" if side <= 40 else "ImageDiffit-FFHQ64"
         chosen |= {"model": for_gpu if on_gpu else "ImageDiffit-Small"}
-        network = {"in_channels": max((channels for _, _, channels in headers), default=3)} | network
+        network = {"in_channels": pictures.channels()} | network
     else:
         known = vae_config(vae)
         factor = 2 ** (len(known["block_out_channels"]) - 1)
