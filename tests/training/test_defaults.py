@@ -55,7 +55,9 @@ def test_network_and_codec_follow_from_images_and_machine(device, size, model, a
     assert ("neither here nor can it be downloaded" in capsys.readouterr().err) == without_vae
     assert config.run_dir == "runs/mine"
     assert config.checkpoint_config(("a", "b"), "").network.num_classes == 2
-    assert config.guidance.scale == 1.5
+    assert config.guidance.scale > 1
+    other = "gaussian" if config.model == "Diffit-S" else "edm"
+    assert parse_train(["--data.path", "mine", "--process", other], device).config.process == other
 
 
 def test_named_models_recipes_and_codecs_stay_as_they_are(here):
@@ -105,7 +107,7 @@ def test_classes_that_are_not_used_are_named(here, capsys, monkeypatch):
     main()
     dry = capsys.readouterr().out
     assert line in dry
-    assert yaml.safe_load(dry).keys().isdisjoint({"diffusion", "flow", "evaluation"})
+    assert yaml.safe_load(dry).keys().isdisjoint({"diffusion", "edm", "evaluation"})
     begun([], "run", "--data.path", "mine", *QUICK, "--network.num_classes", "0")
     assert line in capsys.readouterr().out
 
