@@ -44,7 +44,7 @@ from diffit.diffusion.config import SKIP_BELOW
 from diffit.diffusion.samplers import model_at
 from diffit.models.config import build_model
 from diffit.models.fast import compiled, compiles, cpu_info, fast_precision, prepare_for_sampling
-from diffit.nn.attention import ATTENTIONS, WindowAttention
+from diffit.nn.attention import Attention, WindowAttention, fastest_attention, matmul_attention
 from diffit.sampling.images import ImageSampler
 from diffit.system.device import autocast, product_dtype, resolve_device, set_matmul_precision
 from diffit.system.files import write_atomically
@@ -52,7 +52,6 @@ from diffit.system.ranks import World
 from diffit.training.config import TrainConfig
 from diffit.training.ema import EMA
 from diffit.training.estimate import estimate, measured_peak
-from diffit.training.parallel import blocks
 from diffit.training.step import TrainState, train_step
 
 # Name -> (model, side of its images or None for its own, images at once on a GPU, on a CPU).
@@ -63,12 +62,11 @@ CASES: dict[str, tuple[str, int | None, int, int]] = {
     "ImageDiffit-FFHQ64": ("ImageDiffit-FFHQ64", None, 64, 2),
     "Diffit-Fashion": ("Diffit-Fashion", None, 256, 16),
 }
-# Part -> what is measured beside the baseline. compile: the whole network (in sampling to CUDA graphs); blocks: each
-# block by itself; graphs: the whole network to CUDA graphs; autocast: to 16 bits; fast: --fast True, but with both
-# halves of guidance at every step; skip: --fast True as it is.
+# Part -> what is measured beside the baseline; autocast is to 16 bits, fast is --fast True, but with both halves of
+# guidance at every step, and skip is --fast True as it is.
 PARTS: dict[str, tuple[str, ...]] = {
     "sampling": ("default", "compile", "autocast", "fast", "skip"),
-    "training": ("default", "autocast", "compile", "compile+autocast", "blocks+autocast", "graphs+autocast"),
+    "training": ("default", "autocast", "compile", "compile+autocast"),
 }
 _SEED = 0
 
@@ -102,6 +100,7 @@ def interleaved(
         seconds: no further round starts once the counted ones took this long; there is always one.
     """
     first, in_a_row = (3, 4) if device.type == "cuda" else (1, 1)
+    wait: Callable[[], object] = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     for call in calls.values():
         for _ in range(first):
             call()
@@ -109,34 +108,24 @@ def interleaved(
     start = time.perf_counter()
     for _ in range(rounds):
         for name, call in calls.items():
-            _synchronize(device)
+            wait()
             begin = time.perf_counter()
             for _ in range(in_a_row):
                 call()
-            _synchronize(device)
+            wait()
             times[name].append((time.perf_counter() - begin) / in_a_row)
         if time.perf_counter() - start > seconds:
             break
     return {name: median(found) for name, found in times.items()}
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def copy_of(model: nn.Module, attention: str = "fastest", trained: bool = False) -> nn.Module:
-    """A network of the same weights in the same memory; its layers can be replaced.
-
-    Args:
-        attention: which of `diffit.nn.attention.ATTENTIONS` it computes.
-        trained: share the parameters themselves, and so their gradients; else there are none.
-    """
-    own = {id(p): p if trained else nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+def copy_of(model: nn.Module, attention: Attention = fastest_attention) -> nn.Module:
+    """A network of the same weights in the same memory, without gradients; its layers can be replaced."""
+    own = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     copied = copy.deepcopy(model, own)
     for module in copied.modules():
         if isinstance(module, WindowAttention):
-            module.attention = ATTENTIONS[attention]
+            module.attention = attention
     return copied
 
 
@@ -153,33 +142,24 @@ Sampled = tuple[Any, CheckpointConfig, Precision]  # a network as it is called; 
 
 
 def _sampled(
-    config: CheckpointConfig,
-    skipping: CheckpointConfig,
-    model: nn.Module,
-    device: torch.device,
-    variants: Sequence[str],
-    attentions: Sequence[str],
+    config: CheckpointConfig, model: nn.Module, device: torch.device, variants: Collection[str]
 ) -> dict[str, Sampled]:
-    """What takes turns in sampling; `skipping` is the config that leaves null halves out."""
+    """What takes turns in sampling."""
     exact, low = _precisions(device)
-    found: dict[str, Sampled] = {"baseline": (copy_of(model, "products"), config, exact)}
-    for attention in attentions:
-        after = "" if attention == "fastest" else f", {attention}"
-        build = partial(copy_of, model, attention)
-        if "default" in variants:
-            found[f"default{after}"] = (build(), config, exact)
-        if "compile" in variants and compiles(device):
-            network = compiled(build())
-            found[f"--compile True{after}"] = (network, config, exact)
-        if "autocast" in variants and low != exact:
-            network = autocast(build(), device, low)
-            found[f"{low} autocast{after}"] = (network, config, low)
-        if "fast" in variants or "skip" in variants:
-            network = prepare_for_sampling(build(), product_dtype(low))
-            network = compiled(network) if compiles(device) else network
-            found[f"--fast True, both halves{after}"] = (network, config, low)
-            if "skip" in variants and skipping is not config:
-                found[f"--fast True{after}"] = (network, skipping, low)
+    found: dict[str, Sampled] = {"baseline": (copy_of(model, matmul_attention), config, exact)}
+    if "default" in variants:
+        found["default"] = (copy_of(model), config, exact)
+    if "compile" in variants and compiles(device):
+        found["--compile True"] = (compiled(copy_of(model)), config, exact)
+    if "autocast" in variants and low != exact:
+        found[f"{low} autocast"] = (autocast(copy_of(model), device, low), config, low)
+    if {"fast", "skip"} & set(variants):
+        network = prepare_for_sampling(copy_of(model), product_dtype(low))
+        network = compiled(network) if compiles(device) else network
+        found["--fast True, both halves"] = (network, config, low)
+        if "skip" in variants and config.process_config.num_timesteps is not None and _is_guided(config):
+            guidance = replace(config.guidance, skip_below=SKIP_BELOW)
+            found["--fast True"] = (network, replace(config, guidance=guidance), low)
     return found
 
 
@@ -191,8 +171,7 @@ def measure_sampling(
     device: torch.device,
     rounds: int,
     seconds: float,
-    variants: Sequence[str] = PARTS["sampling"],
-    attentions: Sequence[str] = ("fastest",),
+    variants: Collection[str] = PARTS["sampling"],
     whole_batches: bool = False,
 ) -> list[Row]:
     """Guided calls of the network for `batch` images and, if wanted and affordable, whole batches."""
@@ -201,10 +180,7 @@ def measure_sampling(
     labels, x = noise.labels(max(network.num_classes, 1)), noise.start()
     sampler = create_sampler(config.process_config, config.sampling)
     times = _visited_times(sampler, config, device)
-    skipping = config
-    if config.process_config.num_timesteps is not None and _is_guided(config):
-        skipping = replace(config, guidance=replace(config.guidance, skip_below=SKIP_BELOW))
-    sampled = _sampled(config, skipping, model, device, variants, attentions)
+    sampled = _sampled(config, model, device, variants)
 
     def denoiser(name: str, t: float) -> tuple[Any, bool]:
         """The guided network at t, and whether its null half is skipped there."""
@@ -296,8 +272,7 @@ def measure_training(
     device: torch.device,
     rounds: int,
     seconds: float,
-    variants: Sequence[str] = PARTS["training"],
-    attentions: Sequence[str] = ("fastest",),
+    variants: Collection[str] = PARTS["training"],
 ) -> list[Row]:
     """Whole optimizer steps of train.py, without its data."""
     network, (exact, low) = config.network, _precisions(device)
@@ -326,19 +301,12 @@ def measure_training(
 
     calls: dict[str, Callable[[], object]] = {}
     precisions: dict[str, Precision] = {}
-    for variant, attention in ((v, a) for v in variants for a in attentions):
-        how, low_precision = variant.removesuffix("autocast"), variant.endswith("autocast")
-        if (low_precision and low == exact) or (how not in ("default", "") and not compiles(device)):
+    for variant in variants:
+        if (variant.endswith("autocast") and low == exact) or ("compile" in variant and not compiles(device)):
             continue
-        precision = low if low_precision else exact
-        forward: Any = copy_of(model, attention, trained=True)
-        if how == "blocks+":
-            for block in blocks(forward):
-                block.compile()
-        elif how not in ("default", ""):
-            forward = torch.compile(forward, mode="reduce-overhead" if how == "graphs+" else None)
-        name = variant if attention == "fastest" else f"{variant}, {attention}"
-        calls[name], precisions[name] = partial(step, forward, precision), precision
+        forward = torch.compile(model) if "compile" in variant else model
+        precisions[variant] = low if variant.endswith("autocast") else exact
+        calls[variant] = partial(step, forward, precisions[variant])
     found, flops = interleaved(calls, device, rounds, seconds), estimate(network).flops
     return [_row(name, precisions[name], found, batch, flops, device, call) for name, call in calls.items()]
 
@@ -364,13 +332,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Resolve the command line. Ends the program with one sentence and exit code 2 if it cannot be."""
     parser = argparse.ArgumentParser(prog="python -m diffit.benchmark", description=__doc__, exit_on_error=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    names = {part: ", ".join(variants) for part, variants in PARTS.items()}
-    parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"the models, of {', '.join(CASES)}")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), help="sampling, training or, by default, both")
-    parser.add_argument(
-        "--variants", nargs="+", help=f"of sampling {names['sampling']}, of training {names['training']}"
-    )
-    parser.add_argument("--attention", nargs="+", default=["fastest"], help=f"of {', '.join(ATTENTIONS)}")
+    names = dict.fromkeys(name for part in PARTS.values() for name in part)
+    for name, values in (("cases", CASES), ("parts", PARTS), ("variants", names)):
+        parser.add_argument(f"--{name}", nargs="+", default=list(values), choices=list(values), help="default: all")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--batch_size", type=int, help="images at once; by default what suits case and device")
     parser.add_argument("--depth", type=int, help="blocks of a latent network with random weights, for a quick look")
@@ -382,17 +346,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(f"{error}; {parser.prog} --help lists all settings") from error
-    args.variants = args.variants or [name for part in PARTS.values() for name in part]
-    known: dict[str, Collection[str]] = {
-        "cases": CASES,
-        "parts": PARTS,
-        "attention": ATTENTIONS,
-        "variants": set().union(*PARTS.values()),
-    }
-    for name, values in known.items():
-        for value in getattr(args, name):
-            if value not in values:
-                raise ValueError(f"--{name} {value} is unknown: choose of {', '.join(sorted(values))}")
     if args.model_path and len(args.cases) != 1:
         raise ValueError("--model_path belongs to one case: name it with --cases")
     if min(args.rounds, args.batch_size or 1, args.depth or 1) < 1:
@@ -440,7 +393,7 @@ def run(args: argparse.Namespace) -> None:
         parts = {"sampling": partial(measure_sampling, whole_batches=trained), "training": measure_training}
         for part in [part for part in parts if part in args.parts]:
             variants = [variant for variant in PARTS[part] if variant in args.variants]
-            rows = parts[part](config, model, batch, device, args.rounds, args.seconds, variants, args.attention)
+            rows = parts[part](config, model, batch, device, args.rounds, args.seconds, variants)
             if rows:  # none where no variant can be had here
                 print(f"\n{part.capitalize()}:\n\n{table(rows, training=part == 'training')}", flush=True)
             measured[part] = rows

@@ -6,9 +6,8 @@
 # Works for MINUTES (9 by default), one process after the other, the most telling first, and prints a table at the end,
 # also when time ran out. A part leaves OUT/PART.log and most of them OUT/PART.json; OUT/summary.json holds all of them.
 # The same command again goes on with what is missing. In front of it:
-#   DEPTH=5 ATTENTION="fused products"   compares ways to attend in short networks, which compile sooner
-#   TRAIN_BATCH=128                      trains with twice the images, where 140 GB hold them (and then with 256)
-#   TOY=1                                tries the script itself at the smallest sizes, on a CPU
+#   TRAIN_BATCH=128    trains with twice the images, where 140 GB hold them (and then with 256)
+#   TOY=1              tries the script itself at the smallest sizes, on a CPU
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,8 +20,7 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/inductor}
 missing=0
 
 "$python" - <<'PYTHON' || exit
-import importlib.util
-import sys
+import importlib.util, sys
 
 needed = "torch torchvision timm diffusers numpy scipy PIL tqdm safetensors huggingface_hub jsonargparse"
 needed += " docstring_parser typeshed_client lazy_loader yaml pytest tensorboard"
@@ -55,8 +53,8 @@ part() {
 benchmark() { # NAME SECONDS CASE BATCH PART VARIANT ...
     local name=$1 seconds=$2 flags=(--cases "$3" --batch_size "$4" --parts "$5")
     shift 5
-    flags+=(--variants "$@" --attention ${ATTENTION:-fastest} --seconds 15 --json "$out/$name.json")
-    part "$name" "$seconds" "$python" -m diffit.benchmark "${flags[@]}" ${DEPTH:+--depth "$DEPTH"} "${toy[@]}"
+    flags+=(--variants "$@" --seconds 15 --json "$out/$name.json")
+    part "$name" "$seconds" "$python" -m diffit.benchmark "${flags[@]}" "${toy[@]}"
 }
 
 train() { # NAME SECONDS LAUNCHER FLAGS ...: a few hundred steps of train.py, its rate in the log
@@ -64,18 +62,6 @@ train() { # NAME SECONDS LAUNCHER FLAGS ...: a few hundred steps of train.py, it
     shift 3
     part "$name" "$seconds" $launcher train.py --config "configs/$recipe.yaml" --run_dir "$out/runs/$name" \
         --steps "$steps" --tracker none "$@"
-}
-
-machine() {
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader 2> /dev/null
-    "$1" -c '
-import json, platform, sys, torch
-from importlib.metadata import version
-names = ("torch", "torchvision", "triton", "diffusers", "timm", "numpy")
-found = {name: version(name) for name in names if name != "triton" or torch.cuda.is_available()}
-found |= {"python": platform.python_version(), "cuda": torch.version.cuda, "gpus": torch.cuda.device_count()}
-json.dump(found, open(sys.argv[1], "w"))
-print(found)' "$2"
 }
 
 if [ -n "${TOY:-}" ]; then
@@ -89,14 +75,13 @@ else
 fi
 one="$python" all="$python -m torch.distributed.run --standalone --nproc_per_node=$gpus"
 
-part machine 30 bash -c "$(declare -f machine); machine '$python' '$out/machine.json'"
 part tests 100 "$python" -m pytest tests/models tests/diffusion tests/training/test_step.py tests/sampling/test_generate.py -k gpu
 benchmark sampling_256_16 110 Diffit-256 $b16 sampling default compile fast
 benchmark sampling_512 120 $large $b512 sampling default compile fast
-benchmark training_256 150 Diffit-256 $train training default compile+autocast blocks+autocast
+benchmark training_256 150 Diffit-256 $train training default compile+autocast
 benchmark sampling_256_64 80 Diffit-256 $b64 sampling fast
 benchmark training_256_large 120 Diffit-256 $((2 * train)) training compile+autocast
-benchmark training_fashion 90 Diffit-Fashion $fashion training autocast compile+autocast blocks+autocast graphs+autocast
+benchmark training_fashion 90 Diffit-Fashion $fashion training autocast compile+autocast
 train train 90 "$one" "${more[@]}"
 if [ "$gpus" -gt 1 ]; then
     train train_ddp 90 "$all" "${more[@]}"
@@ -106,26 +91,29 @@ fi
 benchmark training_256_tf32 90 Diffit-256 $train training compile
 benchmark sampling_256_skip 90 Diffit-256 $b16 sampling skip
 
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null
 "$python" - "$out" <<'PYTHON'
-import json
-import sys
+import json, sys
+from importlib.metadata import version
 from pathlib import Path
 
 out = Path(sys.argv[1])
 found = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.stem != "summary"}
+found["versions"] = {name: version(name) for name in ("torch", "torchvision", "diffusers", "timm", "numpy")}
+print(found["versions"])
 for log in sorted(out.glob("runs/*/log.jsonl")):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     found[f"{log.parent.name}_log"] = [line for line in lines if "images_per_s" in line]
 (out / "summary.json").write_text(json.dumps(found))
 columns = {"ms": "{:9.2f}", "speedup": "{:6.2f}x", "images_per_s": "{:10.4g}", "peak_share": "{:5.0%}"}
 columns |= {"memory_gib": "{:7.2f}", "rms_error": "{:9.2g}"}
-print(f"{'part':18}{'variant':38}{'':6}{'ms':>9}{'ratio':>7}{'images/s':>10}{'peak':>5}{'GiB':>7}{'RMS error':>9}")
+print(f"{'part':22}{'variant':26}{'':6}{'ms':>9}{'ratio':>7}{'images/s':>10}{'peak':>5}{'GiB':>7}{'RMS error':>9}")
 for part, content in found.items():
     for case in content.get("cases", {}).values() if isinstance(content, dict) else ():
         for row in (*case.get("sampling", ()), *case.get("training", ())):
             values = "".join(form.format(row[key]) if key in row else "" for key, form in columns.items())
-            print(f"{part:18}{row['variant']:38}{row['precision']:6}{values}")
+            print(f"{part:22}{row['variant']:26}{row['precision']:6}{values}")
     if isinstance(content, list) and content:
-        print(f"{part:18}{content[-1]['images_per_s']:.0f} images/s at step {content[-1]['step']}")
+        print(f"{part:22}{content[-1]['images_per_s']:.0f} images/s at step {content[-1]['step']}")
 PYTHON
 if [ "$missing" = 0 ]; then echo "all done: $out"; else echo "$missing parts are left: the same command goes on"; fi

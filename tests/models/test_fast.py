@@ -16,7 +16,8 @@ from diffit.models.fast import (
     fast_precision,
     prepare_for_sampling,
 )
-from diffit.nn.attention import ATTENTIONS, TMSA, fastest_attention, matmul_attention
+from diffit.nn import attention
+from diffit.nn.attention import TMSA, fastest_attention, matmul_attention
 from diffit.nn.block import DiffiTBlock
 from diffit.system.device import autocast, set_matmul_precision
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
@@ -85,7 +86,7 @@ def test_16_bit_weights_cost_less_than_autocast():
     """Of the bundled model: RMS and largest error of the prediction, over times and noises."""
     model, _ = load_model("Diffit-Fashion")
     model.requires_grad_(False)
-    baseline = copy_of(model, "products")
+    baseline = copy_of(model, matmul_attention)
     variants = {
         "autocast": autocast(model, CPU, "bf16"),
         "fast": prepare_for_sampling(copy_of(model), torch.bfloat16),
@@ -116,20 +117,42 @@ def test_a_copy_keeps_its_own_parts():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS.values())
+@pytest.mark.parametrize("function", [fastest_attention, matmul_attention])
 @torch.no_grad()
-def test_attention_functions_compute_the_equations(attention):
+def test_attention_functions_compute_the_equations(function):
     attn: TMSA = random_block().attn
     x, cond = torch.randn(2, 4, 9, 16), torch.randn(2, 10)
     expected = naive_tmsa(attn, x, cond)
-    attn.attention = attention
+    attn.attention = function
     torch.testing.assert_close(attn(x, cond), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(FastTMSA(attn, torch.float32)(x, cond), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "tokens", "products"),
+    [
+        ("cpu", torch.bfloat16, 64, True),
+        ("cpu", torch.bfloat16, 65, False),
+        ("cpu", torch.float32, 64, False),
+        pytest.param("cuda", torch.float32, 1024, True, marks=needs_gpu),
+        pytest.param("cuda", torch.float32, 1023, False, marks=needs_gpu),
+        pytest.param("cuda", torch.bfloat16, 1024, False, marks=needs_gpu),
+    ],
+)
+def test_attention_is_chosen_by_device_precision_and_tokens(device, dtype, tokens, products, monkeypatch):
+    """And is fused wherever gradients are."""
+    q, k, v = (torch.randn(1, 1, tokens, 8, device=device, dtype=dtype) for _ in range(3))
+    bias, calls = torch.randn(1, 1, tokens, tokens, device=device, dtype=dtype), []
+    monkeypatch.setattr(attention, "matmul_attention", lambda *args: calls.append(1) or matmul_attention(*args))
+    for gradients, expected in ((True, False), (False, products)):
+        with torch.set_grad_enabled(gradients):
+            fastest_attention(q, k, v, bias)
+        assert bool(calls) == expected
+
+
 def test_a_copy_computes_every_attention_as_it_is_named():
     model = random_network()
-    copied = copy_of(model, "products")
+    copied = copy_of(model, matmul_attention)
     assert [block.attn.attention for block in copied.blocks] == [matmul_attention] * len(model.blocks)
     prepared = prepare_for_sampling(copied)
     assert [block.attn.attention for block in prepared.blocks] == [matmul_attention] * len(model.blocks)
