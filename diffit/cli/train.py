@@ -179,10 +179,10 @@ def _check(config: TrainConfig) -> None:
     check_process(config.process_config, config.sampling, config.guidance)
     if config.data.augment and latent:
         raise ValueError(f"--data.augment is for pixels alone, and {config.model} sees latents: leave it out")
-    if config.keep_every % config.save_every:
+    if config.keep_every and (config.save_every is None or config.keep_every % config.save_every):
         raise ValueError(
-            f"--keep_every {config.keep_every} must be a multiple of --save_every {config.save_every}: other steps "
-            "have no checkpoint"
+            f"--keep_every {config.keep_every} needs a --save_every of which it is a multiple, not "
+            f"{config.save_every}: other steps have no checkpoint"
         )
     if not rates or len(set(rates)) < len(rates):
         raise ValueError(f"the EMAs {rates} must be at least one, and all different")

@@ -135,6 +135,11 @@ def training_batches(
             if isinstance(batch, ValueError):
                 raise batch
             yield batch.to(device)
+    except (OSError, EOFError) as error:  # as while a batch is taken over from a worker that is killed
+        lost = [worker.pid for worker in getattr(iterator, "_workers", ()) if not worker.is_alive()]
+        if lost:
+            raise RuntimeError(f"DataLoader worker (pid {lost[0]}) is killed") from error
+        raise
     finally:
         # An error's traceback keeps the iterator alive, and Python would wait for ever for workers that ignore the
         # SIGTERM by which it ends them.

@@ -27,6 +27,7 @@ from diffit.system.files import difference, explained_write, npz_member, open_at
 
 MANIFEST = "manifest.json"
 GRID = "grid.png"
+_GAP, _TITLE_HEIGHT = 8, 20  # pixels
 _ADVICE = "free some space and run the same command again"
 
 
@@ -236,7 +237,7 @@ def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], column
     zoom = max(1, 128 // width)
     columns = columns or min(count, max(4, round(count**0.5)))
     rows = -(-count // columns)
-    gap, title_height = 8, 20
+    gap, title_height = _GAP, _TITLE_HEIGHT
     cell_width, cell_height = width * zoom + gap, height * zoom + gap + title_height
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
@@ -249,3 +250,10 @@ def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], column
         enlarged = picture(image).convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, top + title_height))
     return sheet
+
+
+def first_of_grid(path: Path, side: int) -> NDArray[np.uint8]:
+    """The first image of a grid file, whose images are `side` pixels wide and high: enlarged, [H, W, 3]."""
+    end = side * max(1, 128 // side)
+    with Image.open(path) as grid:
+        return np.asarray(grid.crop((_GAP, _GAP + _TITLE_HEIGHT, _GAP + end, _GAP + _TITLE_HEIGHT + end)))

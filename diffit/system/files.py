@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
@@ -179,6 +180,16 @@ def difference(old: dict[str, Any], new: dict[str, Any], free: Collection[str] =
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or the error's name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def write_failure(error: BaseException) -> str:
+    """Why a file could not be written: torch.save hides the system's error behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return first_line(error)
+    return "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror or first_line(cause)
 
 
 @contextlib.contextmanager

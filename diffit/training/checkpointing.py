@@ -1,8 +1,8 @@
-"""A run's checkpoints: folders named by their step, and what they hold; the settings of every start are beside them.
+"""A run's checkpoints: folders named by their step, and what they hold.
 
 ema.safetensors     the first EMA, which sample.py takes; ema_0.999.safetensors ... the others
 state/              weights and optimizer, to which every rank adds its share (torch.distributed.checkpoint)
-progress.json       counters, and the loss scale of fp16
+progress.json       counters, sums for the log, and the loss scale of fp16
 complete.json       the marker: size and checksum of every other file
 
 A checkpoint is written into NNNNNNNN.part; the marker is its last file, and the rename to NNNNNNNN makes it count.
@@ -11,7 +11,6 @@ A checkpoint is written into NNNNNNNN.part; the marker is its last file, and the
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -21,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as state_dicts
 
@@ -38,11 +37,10 @@ from diffit.checkpoint.folder import (
 )
 from diffit.checkpoint.resolve import find_checkpoint
 from diffit.checkpoint.weights import load_weights, save_checkpoint
-from diffit.settings import FREE, SAME, settings_that
 from diffit.system import distributed
 from diffit.system.console import say
 from diffit.system.distributed import World
-from diffit.system.files import as_tree, difference, first_line, write_atomically
+from diffit.system.files import as_tree, difference, write_atomically, write_failure
 from diffit.training.config import TrainConfig
 from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_state
 from diffit.training.step import TrainState
@@ -59,10 +57,10 @@ def ema_files(config: TrainConfig) -> list[str]:
 
 def save_run(
     state: TrainState, folder: Path, config: TrainConfig, description: CheckpointConfig, world: World, must: bool
-) -> str | None:
+) -> str:
     """Write the checkpoint of this step into `folder`, then drop those that need not be kept.
 
-    Returns a sentence if it could not be written and need not be: the run goes on.
+    Returns a sentence if it could not be written and need not be, for the run goes on; else nothing.
 
     Raises:
         ValueError: if the ranks hold different weights, or it cannot be written and must be.
@@ -84,20 +82,10 @@ def save_run(
         failed = f"the checkpoint of step {state.step} could not be written ({write_failure(error)})"
         if must:
             raise ValueError(
-                f"{failed}: mend that and give the same command, which goes on from the newest checkpoint"
+                f"{failed}: fix that and give the same command, which goes on from the newest checkpoint"
             ) from error
         return f"{failed}; the run goes on"
-    return None
-
-
-def write_failure(error: BaseException) -> str:
-    """Why a file could not be written: torch.save hides the system's error behind one of its own."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return first_line(error)
-    return "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror or first_line(cause)
+    return ""
 
 
 def load_run(
@@ -112,8 +100,11 @@ def load_run(
     if newest is None:
         return
     _, found = find_checkpoint(path=newest / EMA_FILE)
-    if found.network != description.network:
-        raise ValueError(f"{folder.parent} holds a run of another network ({found.network}): choose another --run_dir")
+    other = difference(as_tree(found.network), as_tree(description.network))
+    if other or type(found.network) is not type(description.network):
+        raise ValueError(
+            f"{folder.parent} holds a run of another network ({other or found.model}): choose another --run_dir"
+        )
     if found.class_names != description.class_names:
         raise ValueError(
             f"{folder.parent} holds a run of other classes ({', '.join(found.class_names)}), the data now have "
@@ -132,6 +123,9 @@ def load_run(
             dcp.load(_tensors(state), checkpoint_id=newest / STATE_FOLDER, process_group=world.patient)
     progress = json.loads((newest / PROGRESS_FILE).read_text())
     state.step, state.skipped = progress["step"], progress["skipped"]
+    sums = torch.tensor(progress.get("sums", [[0.0] * 4]), device=device)  # [ranks, 4], of the ranks that wrote it
+    state.sums = sums[world.rank] if len(sums) == world.size else sums.mean(0)
+    state.summed = progress.get("summed", 0)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(progress["scaler"])
 
@@ -141,7 +135,11 @@ def _write_state(state: TrainState, folder: Path, description: CheckpointConfig,
     for name, ema in state.emas.items():
         weights = whole_state(ema.model)
         distributed.on_main(world, partial(save_checkpoint, folder / name, weights, description))
+    sums = [state.sums.tolist()] * world.size
+    if world.size > 1:
+        dist.all_gather_object(sums, state.sums.tolist(), group=world.patient)
     progress = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
+    progress |= {"sums": sums, "summed": state.summed}
     distributed.on_main(world, lambda: (folder / PROGRESS_FILE).write_text(json.dumps(progress)))
     try:
         with _alone_is_fine():
@@ -189,36 +187,18 @@ def _alone_is_fine() -> Iterator[None]:
         yield
 
 
-def record_start(run_dir: Path, config: TrainConfig, step: int) -> str:
-    """Write config.yaml, and add the settings to starts.jsonl; returns what changed since the last start, if anything.
-
-    Raises:
-        ValueError: if a run that has taken steps cannot go on with these settings.
-    """
-    path, settings = run_dir / "starts.jsonl", as_tree(config)
-    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    before = starts[-1]["settings"] if starts and step else settings
-    fixed = settings_that(SAME, TrainConfig)
-    lost = difference({key: before[key] for key in fixed}, {key: settings[key] for key in fixed})
-    if lost:
-        raise ValueError(f"{run_dir} holds a run of other settings ({lost}): choose another --run_dir")
-    changed = difference(before, settings, settings_that(FREE, TrainConfig))
-    lines = [json.dumps(line) for line in (*starts, {"step": step, "changed": changed, "settings": settings})]
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-    write_atomically(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
-    return changed
-
-
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint whose files are what the marker says; broken ones are named and put aside."""
-    for found in sorted((f for f in folder.glob("[0-9]*") if f.name.isdigit()), reverse=True):
-        wrong = integrity_error(found)
+    candidates = sorted((each for each in folder.glob("[0-9]*") if each.name.isdigit()), reverse=True)
+    for number, newest in enumerate(candidates):
+        wrong = integrity_error(newest)
         if wrong is None:
-            return found
-        aside = found.with_suffix(".broken")
+            return newest
+        aside = newest.with_suffix(".broken")
         shutil.rmtree(aside, ignore_errors=True)
-        found.rename(aside)
-        say(f"checkpoint {found} is broken ({wrong}): it is now {aside.name}, and the one before is used")
+        newest.rename(aside)
+        then = "the one before is used" if candidates[number + 1 :] else "there is none before it"
+        say(f"checkpoint {newest} is broken ({wrong}): it is now {aside.name}, and {then}")
     return None
 
 

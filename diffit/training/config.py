@@ -81,11 +81,12 @@ class TrainConfig(ProcessSettings):
         rank_timeout: minutes that ranks wait for one that hangs in a step, before the run ends with an error.
         max_skipped: stop after this many consecutive non-finite steps; each such step is skipped.
         log_every: steps between log lines.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints; by default they come by time, in at most 1% of it.
         keep: how many of the newest checkpoints stay.
         keep_every: checkpoints of steps that are a multiple of it stay for good; 0 is none.
         tracker: where curves and pictures go beside log.jsonl; tensorboard only where it is installed.
-        preview_every: steps between pictures of samples, always from the same noise; 0 is none.
+        preview_every: steps between pictures of samples, always of the same noise and classes; 0 is none. By default
+            they come by time: the first within two minutes, then ever more rarely, in at most 1% of it.
         sampling: what the checkpoint recommends to sample.py.
         guidance: what the checkpoint recommends to sample.py.
         codec: the VAE, or pixels.
@@ -112,11 +113,11 @@ class TrainConfig(ProcessSettings):
     rank_timeout: float = setting(10.0, FREE, at_least=0.01, at_most=1e6)
     max_skipped: int = setting(25, FREE, at_least=1)
     log_every: int = setting(100, FREE, at_least=1)
-    save_every: int = setting(5000, FREE, at_least=1)
+    save_every: int | None = setting(None, FREE, at_least=1)
     keep: int = setting(2, FREE, at_least=1)
     keep_every: int = setting(0, FREE, at_least=0)
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = setting("tensorboard", FREE)
-    preview_every: int = setting(0, FREE, at_least=0)
+    preview_every: int | None = setting(None, FREE, at_least=0)
     evaluation: EvaluationConfig = setting(EvaluationConfig(), FREE)
     data: DataConfig = setting(DataConfig())
     codec: CodecConfig = setting(CodecConfig(), NOTED)

@@ -6,29 +6,70 @@ Letters: B images, H x W x C of an image.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from diffit.diffusion.config import SAMPLERS, SamplingConfig
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images, share
-from diffit.sampling.folder import save_grid
-from diffit.sampling.images import ImageSampler
+from diffit.sampling.folder import draw_grid, first_of_grid, png_bytes, save_grid
+from diffit.sampling.images import ImageSampler, fitting_sampler
+from diffit.system.files import write_atomically
 from diffit.training.config import TrainConfig
 
-_IMAGES, _SEED = 16, 0
+_IMAGES, _SEED, _STEPS = 16, 0, 20
 
 
-def save_preview(pictures: ImageSampler, path: Path | None) -> None:
-    """A grid of samples, always from the same noise and labels, to `path`; None on a rank that only takes part."""
-    num_classes, names = pictures.config.network.num_classes, pictures.config.class_names
-    classes = [number % num_classes for number in range(_IMAGES)] if num_classes else []
-    images = pictures.draw(range(_IMAGES), pictures.labels(range(_IMAGES), _SEED, classes), _SEED)
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    titles = [names[label] if label < len(names) else str(label) for label in classes or range(_IMAGES)]
-    save_grid(path, list(images.cpu().numpy()), titles)
+class Previews:
+    """Pictures of samples of the EMA, in a folder: always of the same noise and classes, by few sampling steps.
+
+    NNNNNNNN.png is a grid of the samples at that step, latest.png the newest, and strip.png the first
+    sample of up to 12 of them.
+
+    Args:
+        pictures: of the EMA, with the settings that the checkpoint recommends.
+        folder: made if need be.
+    """
+
+    def __init__(self, pictures: ImageSampler, folder: Path) -> None:
+        config, fewest = pictures.config, replace(pictures.config.sampling, num_sampling_steps=_STEPS)
+        if "dpm++" in SAMPLERS[config.process]:  # of the Gaussian samplers one that needs few
+            fewest = SamplingConfig(sampler="dpm++", num_sampling_steps=_STEPS)
+        steps = config.sampling.num_sampling_steps
+        if not isinstance(steps, int) or steps > _STEPS:
+            config = replace(config, sampling=fewest)
+        self.pictures, self.folder = replace(pictures, config=config, sampler=fitting_sampler(config)), folder
+
+    def draw(self) -> list[NDArray[np.uint8]]:
+        """The samples [H, W, C]."""
+        labels = self.pictures.labels(range(_IMAGES), _SEED, self._classes())
+        return list(self.pictures.draw(range(_IMAGES), labels, _SEED).cpu().numpy())
+
+    def save(self, images: list[NDArray[np.uint8]], step: int) -> Path:
+        """Write the grid of samples of a step, and renew latest.png and strip.png."""
+        names, classes = self.pictures.config.class_names, self._classes()
+        titles = [names[label] if label < len(names) else str(label) for label in classes or range(_IMAGES)]
+        path = self.folder / f"{step:08d}.png"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_grid(path, images, titles)
+        write_atomically(self.folder / "latest.png", path.read_bytes())
+        self._save_strip()
+        return path
+
+    def _save_strip(self) -> None:
+        paths = sorted(path for path in self.folder.glob("[0-9]*.png") if path.stem.isdigit())
+        chosen = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), 12))]
+        tiles = [first_of_grid(path, self.pictures.config.image_size) for path in chosen]
+        strip = draw_grid(tiles, [f"step {int(path.stem)}" for path in chosen], columns=len(tiles))
+        write_atomically(self.folder / "strip.png", png_bytes(strip))
+
+    def _classes(self) -> list[int]:
+        count = self.pictures.config.network.num_classes
+        return [number % count for number in range(_IMAGES)] if count else []
 
 
 def create_scorer(pictures: ImageSampler, config: TrainConfig, device: torch.device) -> Callable[[], dict[str, float]]:

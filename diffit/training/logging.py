@@ -15,10 +15,11 @@ import torch.distributed as dist
 from diffit.models.config import NetworkConfig
 from diffit.system.console import printable, progress
 from diffit.system.distributed import World
-from diffit.system.files import write_atomically
+from diffit.system.files import write_failure
 from diffit.training.config import TrainConfig
 from diffit.training.ema import ema_decays
 from diffit.training.estimate import estimate, measured_peak, peak_memory
+from diffit.training.record import forget_later_lines
 from diffit.training.step import TrainState
 from diffit.training.tracker import create_tracker
 
@@ -39,24 +40,42 @@ class MetricLogger:
         self.flops = estimate(network).flops
         self.peak = measured_peak(device, config.precision) if device.type == "cuda" else None
         self.path, self.tracker = Path(config.run_dir) / "log.jsonl", None
+        self.failed: set[str] = set()
         if world.is_main:
-            forget_later_lines(self.path, first)
+            self.info(forget_later_lines(self.path, first))
             self.tracker = create_tracker(config, first)
         self.since, self.first = time.monotonic(), first  # from where the speed is measured
 
     def info(self, sentence: str) -> None:
-        """A sentence above the bar."""
-        if self.world.is_main:
+        """A sentence above the bar, if there is one to say."""
+        if self.world.is_main and sentence:
             self.bar.write(printable(sentence))
+
+    @contextlib.contextmanager
+    def optional(self, kind: str, sentence: str, together: bool = False) -> Iterator[None]:
+        """A block whose errors do not end the run: the first of each kind is said, by this sentence.
+
+        together: whether other ranks take part in the block; these would wait for the one that fails.
+        """
+        try:
+            yield
+        except Exception as error:
+            if together and self.world.size > 1:
+                raise
+            if kind not in self.failed:
+                self.failed.add(kind)
+                self.info(f"{sentence} ({write_failure(error)}); the run goes on")
 
     def count_step(self) -> None:
         """One step more on the bar; once some are timed, a line says how long the run will take."""
         self.bar.update()
-        rate = None if self.bar.disable else self.bar.format_dict["rate"]
-        if rate and self.bar.n == self.bar.initial + 12:
-            left = self.config.steps - self.bar.n
-            speed = rate * self.config.batch_size
-            self.info(f"{left:,} steps to go at {speed:,.0f} images/s: {self.bar.format_interval(left / rate)}")
+        done = 0 if self.bar.disable else self.bar.n - self.bar.initial
+        if done == 2:  # the first steps also compile
+            self.timed = time.monotonic()
+        elif done == 12:
+            seconds = (time.monotonic() - self.timed) / 10
+            left, speed = self.config.steps - self.bar.n, self.config.batch_size / seconds
+            self.info(f"{left:,} steps to go at {speed:,.0f} images/s: {self.bar.format_interval(left * seconds)}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -93,31 +112,21 @@ class MetricLogger:
     def image(self, step: int, name: str, path: Path) -> None:
         """A picture file for the tracker."""
         if self.tracker is not None:
-            self.tracker.image(step, name, path)
+            with self.optional("tracker", f"{self.config.tracker} could not take the picture of step {step}"):
+                self.tracker.image(step, name, path)
 
     def close(self) -> None:
         self.bar.close()
         if self.tracker is not None:
-            self.tracker.close()
+            with self.optional("tracker", f"{self.config.tracker} could not be closed"):
+                self.tracker.close()
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if not self.world.is_main:
             return
         values = {"images": step * self.config.batch_size} | values
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-        except OSError as error:
-            self.info(f"step {step} could not be logged ({error.strerror}); the run goes on")
+        with self.optional("log", f"step {step} could not be logged"), open(self.path, "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
         if self.tracker is not None:
-            self.tracker.log(step, {name: value for name, value in values.items() if value is not None})
-
-
-def forget_later_lines(path: Path, last_step: int) -> None:
-    """Drop from a log what was logged after the step that a run goes on from."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError, KeyError):  # it was cut off when the run was killed
-            if json.loads(line)["step"] <= last_step:
-                kept.append(f"{line}\n")
-    write_atomically(path, "".join(kept).encode())
+            with self.optional("tracker", f"{self.config.tracker} could not log step {step}"):
+                self.tracker.log(step, {name: value for name, value in values.items() if value is not None})

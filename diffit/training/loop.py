@@ -11,7 +11,7 @@ import torch
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
-from diffit.codec import VAECodec, create_codec
+from diffit.codec import Codec, VAECodec, create_codec
 from diffit.data.datasets import fitting_labels
 from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_set, training_batches
 from diffit.data.sampler import BatchSampler
@@ -23,16 +23,19 @@ from diffit.system.console import say
 from diffit.system.device import explained_memory, resolve_device, set_matmul_precision
 from diffit.system.files import exclusive
 from diffit.system.ranks import World, detect_world
-from diffit.training.checkpointing import ema_files, load_run, record_start, save_run
+from diffit.training.checkpointing import ema_files, load_run, save_run
 from diffit.training.config import TrainConfig, TrainTask, find_start
 from diffit.training.defaults import describe
 from diffit.training.ema import EMA
-from diffit.training.evaluate import create_scorer, save_preview
+from diffit.training.evaluate import Previews, create_scorer
 from diffit.training.init import initial_model
 from diffit.training.logging import MetricLogger
 from diffit.training.parallel import apply_activation_checkpointing, is_sharded, parallelize, shard
+from diffit.training.record import record_start
+from diffit.training.recurring import Recurring
 from diffit.training.step import TrainState, train_step
-from diffit.training.stopping import Stopped, StopSignals
+from diffit.training.stopping import INTERRUPTED, Stopped, StopSignals
+from diffit.training.tracker import check_tracker
 
 _LESS_MEMORY = (
     "lower --batch_size, or compute it in parts with --accumulate 2 or more, or recompute blocks with "
@@ -45,83 +48,112 @@ def train(task: TrainTask) -> Path:
 
     Raises:
         ValueError: in one sentence, for everything that a user can fix.
-        Stopped: if SIGTERM, SIGUSR1 or Ctrl-C asked for it; the checkpoint is written.
+        Stopped: if SIGTERM, SIGUSR1 or Ctrl-C asked for it.
     """
     config, run_dir = task.config, Path(task.config.run_dir)
     checkpoints = run_dir / "checkpoints"
     device = resolve_device(config.device)
     set_matmul_precision(config.precision)
     check_shares(config, detect_world())
-    with (
-        explained_memory(_LESS_MEMORY),
-        distributed.joined(device, minutes=config.rank_timeout) as world,
-        distributed.main_only(world, exclusive(run_dir)),
-    ):
-        # The data, the network, the newest checkpoint if there is one, and the batches from there on
-        data, description = open_data(config, run_dir, world, device)
-        state = create_state(config, description.network, device, world)
-        load_run(state, checkpoints, description, device, world)
-        after = made_after(config)  # now: the file may be gone when a checkpoint is written
-        ema = state.emas[EMA_FILE].model
-
-        # What is missing for pictures or scores is said now, not after hours
-        shows = config.preview_every or config.evaluation.every
-        pictures = ImageSampler.create(ema, description, device, precision=config.precision) if shows else None
-        score = create_scorer(pictures, config, device) if pictures and config.evaluation.every else None
-        changed = distributed.on_main(world, lambda: record_start(run_dir, config, state.step))
-        if world.is_main:
-            say(*describe(config, data.class_names, len(data.labels)))
-        logger = MetricLogger(config, description.network, state.step, device, world)
-
-        def save(last: bool) -> None:
-            made_by = f"{task.recipe}, {state.step} steps of {config.batch_size} images{after}"
-            named = replace(description, made_by=made_by)
-            failed = save_run(state, checkpoints, config, named, world, must=last)
-            if failed:
-                logger.info(failed)
-
-        def preview(last: bool) -> None:
-            path = run_dir / "previews" / f"{state.step:08d}.png" if world.is_main else None
-            if pictures and (path or is_sharded(ema)):  # all ranks take part in sampling from a sharded network
-                save_preview(pictures, path)
-            if path is not None:
-                logger.image(state.step, "samples", path)
-            distributed.barrier(world)
-
-        def evaluate(last: bool) -> None:
-            if score is not None:
-                logger.scores(state.step, score())
-
-        regular = [(config.save_every, save), (config.preview_every, preview), (config.evaluation.every, evaluate)]
+    try:
         with (
-            closing(logger),
-            closing(create_batches(data, state, config, description.network, device, world)) as batches,
-            StopSignals(world) as signals,
+            explained_memory(_LESS_MEMORY),
+            distributed.joined(device, minutes=config.rank_timeout) as world,
+            distributed.main_only(world, exclusive(run_dir)),
         ):
-            if changed:
-                logger.info(f"goes on from step {state.step} with other settings ({changed})")
-            last = state.step == config.steps
-            while not last:
-                with distributed.explained_timeout():
-                    stop = train_step(state, next(batches), config, world, signals.stop_requested)
-                logger.count_step()
-                last = stop or state.step == config.steps
-                due = [act for every, act in regular if is_due(state.step, every) or (last and act is save)]
-                if due or is_due(state.step, config.log_every):
-                    logger.metrics(state)
-                with logger.paused():
-                    for act in due:
-                        act(last)
-            if state.step < config.steps:
-                sentence = f"stopped after step {state.step}: the same command goes on from there"
-                raise Stopped(sentence, signals.exit_code)
-        return complete_checkpoints(checkpoints)[-1] / EMA_FILE
+            # The data, the network, the newest checkpoint if there is one
+            distributed.on_main(world, lambda: check_tracker(config))
+            data, description, codec = open_data(config, run_dir, world, device)
+            state = create_state(config, description.network, device, world)
+            load_run(state, checkpoints, description, device, world)
+            recurring = create_recurring(task, state, description, codec, device, world)
+            started = distributed.on_main(world, lambda: record_start(run_dir, config, state.step, world.size))
+            if world.is_main:
+                say(*describe(config, data.class_names, len(data.labels)))
+
+            # Step by step; all ranks do what one of them asks for, and rank 0's clock is that of all
+            with (
+                closing(MetricLogger(config, description.network, state.step, device, world)) as logger,
+                closing(create_batches(data, state, config, description.network, device, world)) as batches,
+                StopSignals(world) as signals,
+            ):
+                logger.info(started)
+                last = state.step == config.steps
+                while not last:
+                    ending = state.step + 1 == config.steps
+                    clock = [world.is_main and each.by_clock(ending) for each in recurring]
+                    with distributed.explained_timeout():
+                        asked = train_step(state, next(batches), config, world, [signals.stop_requested, *clock])
+                    logger.count_step()
+                    last = asked[0] or ending
+                    named = [each.by_step(state.step, last) for each in recurring]
+                    if any(named) or state.step % config.log_every == 0:  # no line is made by the clock
+                        logger.metrics(state)
+                    for each, *due in zip(recurring, named, asked[1:], strict=True):
+                        if any(due):
+                            with logger.paused(), each.timed():
+                                each.act(logger, last)
+                if state.step < config.steps:
+                    sentence = f"stopped after step {state.step}: the same command goes on from there"
+                    raise Stopped(sentence, signals.exit_code)
+    except KeyboardInterrupt:
+        saved = complete_checkpoints(checkpoints)
+        then = f"goes on from step {int(saved[-1].name)}" if saved else "starts anew, as there is no checkpoint yet"
+        raise Stopped(f"stopped at once: the same command {then}", INTERRUPTED) from None
+    return complete_checkpoints(checkpoints)[-1] / EMA_FILE
+
+
+def create_recurring(
+    task: TrainTask,
+    state: TrainState,
+    description: CheckpointConfig,
+    codec: Codec,
+    device: torch.device,
+    world: World,
+) -> list[Recurring]:
+    """Checkpoints, previews and scores, in the order in which they come after a step.
+
+    Raises:
+        ValueError, FileNotFoundError: in one sentence, for what pictures or scores lack: now, not after hours.
+    """
+    config, run_dir, ema = task.config, Path(task.config.run_dir), state.emas[EMA_FILE].model
+    after = made_after(config)  # now: the file may be gone when a checkpoint is written
+    pictures = ImageSampler.create(ema, description, device, precision=config.precision, codec=codec)
+    previews = Previews(pictures, run_dir / "previews")
+    score = create_scorer(pictures, config, device) if config.evaluation.every else None
+
+    def save(logger: MetricLogger, last: bool) -> None:
+        made_by = f"{task.recipe}, {state.step} steps of {config.batch_size} images{after}"
+        named = replace(description, made_by=made_by)
+        logger.info(save_run(state, run_dir / "checkpoints", config, named, world, must=last))
+
+    def preview(logger: MetricLogger, last: bool) -> None:
+        together = is_sharded(ema)  # all ranks take part in sampling from a sharded network
+        images, failed = [], f"the preview of step {state.step} could not be made"
+        with logger.optional("preview", failed, together):
+            images = previews.draw() if world.is_main or together else []
+        with logger.optional("preview", failed):
+            if world.is_main and images:
+                path = previews.save(images, state.step)
+                logger.info(f"preview of step {state.step}: {path}")
+                logger.image(state.step, "samples", path)
+        distributed.barrier(world)
+
+    def evaluate(logger: MetricLogger, last: bool) -> None:
+        with logger.optional("scores", f"step {state.step} could not be scored", together=True):
+            logger.scores(state.step, score() if score else {})
+
+    return [
+        Recurring(save, config.save_every, gap=60, at_end=True),
+        Recurring(preview, config.preview_every, growth=1.2),
+        Recurring(evaluate, config.evaluation.every),
+    ]
 
 
 def open_data(
     config: TrainConfig, run_dir: Path, world: World, device: torch.device
-) -> tuple[TrainingSet, CheckpointConfig]:
-    """The data set as the network is to see it, and what checkpoints will say of themselves.
+) -> tuple[TrainingSet, CheckpointConfig, Codec]:
+    """The data set as the network is to see it, what checkpoints will say of themselves, and what encoded it.
 
     Raises:
         ValueError: if sizes, or VAE and network, do not fit together, which is known before anything is encoded; or a
@@ -141,7 +173,7 @@ def open_data(
     data = open_training_set(config.data, codec, size, channels, seed=config.seed, run_dir=run_dir, world=world)
     description = config.checkpoint_config(data.class_names, "")
     fitting_labels(data.labels, description.network.num_classes)
-    return data, description
+    return data, description, codec
 
 
 def create_batches(
@@ -209,11 +241,6 @@ def create_state(config: TrainConfig, network: NetworkConfig, device: torch.devi
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         sums=torch.zeros(4, device=device),
     )
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens now; 0 is never."""
-    return bool(every) and step % every == 0
 
 
 def made_after(config: TrainConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,11 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: TrainConfig, world: World, stop_requested: bool = False
-) -> bool:
+    state: TrainState, batch: Batch, config: TrainConfig, world: World, asked: Sequence[bool] = ()
+) -> list[bool]:
     """Take a step in place, or skip it in all ranks if loss or gradient is not finite in one of them.
 
-    Returns whether a rank was asked to stop, the same in all.
+    asked: what this rank asks of all after the step, such as to stop. Returns what any rank asked, the same in all.
 
     Raises:
         ValueError: if too many steps in a row were skipped.
@@ -83,10 +83,10 @@ def train_step(
     values = torch.cat([total, norm[None]])  # [4]
 
     # All ranks agree; this is where the host waits for the device, once a step.
-    agreed = torch.stack([~values.isfinite().all(), torch.tensor(stop_requested, device=device)]).float()
+    agreed = torch.cat([~values.isfinite().all()[None], torch.tensor(asked, dtype=torch.bool, device=device)]).float()
     if world.size > 1:
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    skip, stop = (flag > 0 for flag in agreed.tolist())
+    skip, *asked_by_any = (flag > 0 for flag in agreed.tolist())
 
     state.step += 1
     if state.scaler.is_enabled():
@@ -107,7 +107,7 @@ def train_step(
             f"{state.step}: lower --optimizer.lr, set --optimizer.grad_clip, or choose --precision bf16 or fp32; the "
             "same command goes on from the newest checkpoint"
         )
-    return stop
+    return asked_by_any
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

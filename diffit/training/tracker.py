@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import types
@@ -14,25 +15,45 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.system.files import as_tree, write_atomically
+from diffit.system.files import as_tree, first_line, write_atomically
 from diffit.training.config import TrainConfig
+
+
+def check_tracker(config: TrainConfig) -> None:
+    """Refuse, before any work, a tracker that is not installed or has no key.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if config.tracker not in ("wandb", "trackio"):
+        return
+    try:
+        library = importlib.import_module(config.tracker)
+    except ImportError as error:
+        raise ValueError(
+            f"--tracker {config.tracker} needs that package: pip install {config.tracker}, or choose another tracker"
+        ) from error
+    if config.tracker == "wandb" and library.setup().settings.mode == "online":
+        with contextlib.suppress(TypeError):  # older versions cannot be asked: they say it when the run starts
+            if not library.login(prompt=False):
+                raise ValueError("--tracker wandb has no key: run `wandb login` once, or set WANDB_MODE=offline")
 
 
 def create_tracker(config: TrainConfig, first: int) -> TensorBoard | HostedRun | None:
     """The tracker that a config names, going on from step `first`; None for none, or TensorBoard that is not there.
 
     Raises:
-        ValueError: if another one is not installed.
+        ValueError: if another one cannot be reached.
     """
     if config.tracker == "none":
         return None
     try:
         return TensorBoard(config, first) if config.tracker == "tensorboard" else HostedRun(config)
-    except ImportError as error:
-        if config.tracker == "tensorboard":  # the default: who wants no curves need not install it
-            return None
+    except Exception as error:
+        if config.tracker == "tensorboard" and isinstance(error, ImportError):
+            return None  # it is the default: who wants no curves need not install it
         raise ValueError(
-            f"--tracker {config.tracker} needs that package: pip install {config.tracker}, or choose another tracker"
+            f"--tracker {config.tracker} does not start ({first_line(error)}): see to that, or choose another tracker"
         ) from error
 
 

@@ -52,7 +52,7 @@ class Begun(Exception):
 def begun(flags, run_dir, *more) -> Begun:
     """A run up to its first step; one that has come to its end is to take one step more."""
 
-    def give(state, batch, config, world, stop_requested=False):
+    def give(state, batch, config, world, asked=()):
         raise Begun(state, batch, config)
 
     with replaced(loop, "train_step", give), pytest.raises(Begun) as raised:

@@ -15,9 +15,9 @@ import torch
 
 from diffit import load_model
 from diffit.checkpoint.folder import checksum, complete_checkpoints, integrity_error
+from diffit.system.files import write_failure
 from diffit.system.ranks import World
 from diffit.training import loop
-from diffit.training.checkpointing import write_failure
 from diffit.training.stopping import EXIT_CODE, StopSignals
 from tests.data.pictures import cut_off, write_pictures
 from tests.training.runs import TINY, TRAIN, begun, changed, everything, log_of, poisoned, remembered, replaced, run
@@ -225,7 +225,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(flags, tmp_path, caps
 
     with replaced(loop, "train_step", fill):
         run(flags, tmp_path)
-    assert "step 4 could not be logged (No space left on device); the run goes on" in capsys.readouterr().out
+    assert "step 4 could not be logged (the disk is full); the run goes on" in capsys.readouterr().out
     assert names(tmp_path) == ["00000004", "00000006"]
 
 

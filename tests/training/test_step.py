@@ -133,7 +133,7 @@ def test_the_loss_scale_falls_with_a_step_that_this_rank_would_have_taken(flags,
             agreed[0] = wrong
 
         monkeypatch.setattr("diffit.training.step.dist.all_reduce", agree)
-        train_step(state, batch, started.config, World(size=2))
+        train_step(state, batch, started.config, World(size=2), [False])
         assert bool(state.skipped_in_a_row) == wrong
         assert all(p.grad.isfinite().all() for p in trained)
         assert state.scaler.get_scale() == scale
@@ -161,8 +161,8 @@ def test_the_loss_scale_falls_with_a_loss_whose_gradient_is_finite(flags, tmp_pa
 
 def test_a_stop_request_is_answered_in_its_step(flags, tmp_path):
     started = begun(flags, tmp_path)
-    assert not train_step(started.state, started.batch, started.config, World())
-    assert train_step(started.state, started.batch, started.config, World(), stop_requested=True)
+    assert train_step(started.state, started.batch, started.config, World(), [False]) == [False]
+    assert train_step(started.state, started.batch, started.config, World(), [True]) == [True]
     assert started.state.step == 2
 
 
