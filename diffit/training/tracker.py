@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import types
 import uuid
@@ -33,7 +34,7 @@ def check_tracker(config: TrainConfig) -> None:
         raise ValueError(
             f"--tracker {config.tracker} needs that package: pip install {config.tracker}, or choose another tracker"
         ) from error
-    if config.tracker == "wandb" and library.setup().settings.mode == "online":
+    if config.tracker == "wandb" and os.environ.get("WANDB_MODE", library.setup().settings.mode) == "online":
         with contextlib.suppress(TypeError):  # older versions cannot be asked: they say it when the run starts
             if not library.login(prompt=False):
                 raise ValueError("--tracker wandb has no key: run `wandb login` once, or set WANDB_MODE=offline")

@@ -118,12 +118,13 @@ def test_nothing_but_training_ends_a_training(flags, tmp_path, monkeypatch, caps
 
 
 def test_wandb_without_a_key_is_refused_before_work(flags, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(ValueError, match="--tracker wandb has no key: run `wandb login`"):
         run(flags, tmp_path / "run", "--tracker", "wandb")
+    wandb.teardown()  # it keeps the settings of this environment
     assert not (tmp_path / "run" / "starts.jsonl").exists()
 
 

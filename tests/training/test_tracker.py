@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from diffit.cli.train import parse_train
-from diffit.training.tracker import create_tracker
+from diffit.training.tracker import check_tracker
 from tests.conftest import ROOT
 from tests.training.runs import log_of, run
 
@@ -71,7 +71,7 @@ def test_a_tracker_that_is_not_installed_is_named(flags, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = parse_train([*flags, "--run_dir", str(tmp_path), "--tracker", "wandb"]).config
     with pytest.raises(ValueError, match="--tracker wandb needs that package: pip install wandb"):
-        create_tracker(config, 0)
+        check_tracker(config)
 
 
 def test_none_is_none(flags, tmp_path):
