@@ -322,6 +322,9 @@ def test_the_log_holds_the_means_over_the_steps_that_were_taken(flags, tmp_path)
 
 
 def test_a_run_that_stays_not_finite_ends(flags, tmp_path):
-    with pytest.raises(ValueError, match="not finite in 3 steps in a row, the last of them step 4: lower"):
-        run(flags, tmp_path, "--optimizer.lr", "1e30", "--max_skipped", "3")
+    with (
+        poisoned({1, 2, 3}),
+        pytest.raises(ValueError, match="not finite in 3 steps in a row, the last of them step 4: l"),
+    ):
+        run(flags, tmp_path, "--max_skipped", "3")
     assert names(tmp_path) == ["00000002"]
