@@ -1,8 +1,6 @@
 """Train a DiffiT: python train.py --config configs/fashion_mnist.yaml"""
 
-import sys
-
 from diffit.cli.run import train
 
 if __name__ == "__main__":
-    sys.exit(train())
+    train()

@@ -10,11 +10,9 @@ Letters: B images of a batch.
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("diffit.benchmark:main"))
+    start("diffit.benchmark:main")
 
 import argparse
 import copy

@@ -13,11 +13,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("diffit.cli.pipeline:main"))
+    start("diffit.cli.pipeline:main")
 
 import json
 import os

@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from diffit.cli.run import evaluate
 
 if __name__ == "__main__":
-    sys.exit(evaluate())
+    evaluate()

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
     from diffit.cli.run import start
 
-    sys.exit(start("evaluations.make_reference:main"))
+    start("evaluations.make_reference:main")
 
 import argparse
 

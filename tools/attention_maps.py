@@ -11,11 +11,9 @@ Windowed networks look within a window; the rest of the picture is left white.
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("attention_maps:main"))
+    start("attention_maps:main")
 
 import argparse
 from collections.abc import Sequence

@@ -8,11 +8,9 @@ reference   make the reference, of the real images as the bundled classifier see
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("fashion:main"))
+    start("fashion:main")
 
 import argparse
 import io

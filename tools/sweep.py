@@ -12,11 +12,9 @@ scores that differ by less than two of them are called alike. The same command g
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("sweep:main"))
+    start("sweep:main")
 
 import argparse
 import contextlib

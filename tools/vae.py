@@ -8,11 +8,9 @@ Without --data.path the images are those of Fashion-MNIST, seen by its bundled c
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("vae:main"))
+    start("vae:main")
 
 import argparse
 import json

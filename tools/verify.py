@@ -8,11 +8,9 @@ docs/verify.md says what the numbers mean.
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("verify:main"))
+    start("verify:main")
 
 import argparse
 import json

@@ -7,11 +7,9 @@ model are compared with a bundled reference, beside real images. Under torchrun 
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    import sys
-
     from diffit.cli.run import start
 
-    sys.exit(start("diffit.cli.evaluate:main"))
+    start("diffit.cli.evaluate:main")
 
 import argparse
 import json

@@ -45,9 +45,9 @@ def fail(message: str) -> NoReturn:
 
 
 @one_sentence()
-def start(command: str) -> int:
-    """Import the function `module:name` of a command and call it; returns its exit code."""
-    return pkgutil.resolve_name(command)() or 0
+def start(command: str) -> NoReturn:
+    """Import the function `module:name` of a command, call it, and end the program with the code that it returns."""
+    raise SystemExit(pkgutil.resolve_name(command)() or 0)
 
 
 sample, train, evaluate, app = (
