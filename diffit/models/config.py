@@ -70,7 +70,9 @@ ZOO: dict[str, NetworkConfig] = {
     "ImageDiffit-Fashion": ImageDiffiTConfig(
         in_channels=1, channels=(64, 128, 128), head_dim=32, cond_dim=192, num_classes=10
     ),
-    "ImageDiffit-Small": ImageDiffiTConfig(channels=(16, 64, 96), blocks=(1, 1, 2), head_dim=16, cond_dim=128),
+    "ImageDiffit-Small": ImageDiffiTConfig(
+        channels=(16, 64, 96), blocks=(1, 1, 2), window_size=8, head_dim=16, cond_dim=128
+    ),
     "ImageDiffit-Tiny": ImageDiffiTConfig(channels=(16, 32), blocks=(1, 1), head_dim=8, cond_dim=32),
 }
 

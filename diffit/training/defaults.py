@@ -89,7 +89,7 @@ def describe(config: TrainConfig, class_names: Sequence[str], count: int) -> lis
         f"{config.process} on {space}",
         f"{config.steps:,} steps of {config.batch_size} images: each of the {count:,} images is seen "
         f"{config.steps * config.batch_size / count:,.3g} times",
-        f"settings: {where}/config.yaml, from where the same command goes on; previews: {where}/previews",
+        f"settings: {where}/config.yaml, from where the same command goes on; previews: {where}/previews/latest.png",
     ]
     wish = f" --class_labels {shlex.quote(class_names[0])}" if class_names and classes else ""
     return [*lines, f"then: python sample.py --model_path {where}{wish}"]
