@@ -105,14 +105,14 @@ def write_cifar10_files(folder: Path, patch: pytest.MonkeyPatch, count: int = 12
     return folder
 
 
-def write_fashion_files(folder: Path, count: int = 64, images: np.ndarray | None = None) -> Path:
-    """Images, random ones if none are given, in the format and under the names of Fashion-MNIST's training files."""
+def write_fashion_files(folder: Path, count: int = 64, images: np.ndarray | None = None, stem: str = "train") -> Path:
+    """Images, random ones if none are given, as Fashion-MNIST's files of training (train) or test (t10k)."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     if images is None:
         images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
     labels = random.integers(0, 10, len(images), dtype=np.uint8)
-    for name, array in (("train-images-idx3-ubyte.gz", images), ("train-labels-idx1-ubyte.gz", labels)):
+    for name, array in ((f"{stem}-images-idx3-ubyte.gz", images), (f"{stem}-labels-idx1-ubyte.gz", labels)):
         header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
         with gzip.open(folder / name, "wb") as file:
             file.write(header + array.tobytes())

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import yaml
 from ablations_report import cost_table, write_report
-from scoring import held_out_loss, open_reference, score
+from scoring import open_reference, score
 from studies import load_studies, variants_for
 
 from diffit import ImageSampler, load_model
@@ -44,9 +44,11 @@ from diffit.sampling.config import SampleConfig
 from diffit.settings import FREE, settings_that
 from diffit.system.device import resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, difference, write_atomically
+from diffit.system.ranks import World
 from diffit.training.config import TrainConfig, TrainTask
 from diffit.training.loop import train
 from diffit.training.stopping import EXIT_CODE, Stopped
+from diffit.training.validation import create_validation
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
@@ -129,7 +131,7 @@ def train_and_score(task: TrainTask, curve: bool) -> None:
         pictures, title = ImageSampler.create(model, unguided, device), f"samples of step {int(name)}"
         measured = score(pictures, drawn, *open_reference(device), title, manifold=False)
         scores[name] = {"samples": measured.count, "frechet": measured.fid, "accuracy": measured.accuracy or 0.0}
-        scores[name]["held_out_loss"] = held_out_loss(model, found, device)
+        scores[name]["held_out_loss"] = create_validation(pictures, config, World())()["val_loss"]
         write_atomically(path, json.dumps(scores, indent=1).encode())
         shown = ", ".join(f"{key} {value:.4g}" for key, value in scores[name].items())
         print(f"step {int(name)}: {shown}", flush=True)

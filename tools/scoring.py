@@ -7,16 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from torch import nn
 
 from diffit import ImageSampler
-from diffit.checkpoint.config import CheckpointConfig
-from diffit.codec import VAECodec, create_codec
-from diffit.data.datasets import FASHION_CLASSES, fashion_mnist
-from diffit.diffusion import create_process
-from diffit.diffusion.noise import keyed_generator
+from diffit.data.datasets import FASHION_CLASSES
 from diffit.evaluation.fashion import FEATURES, bundled_reference
 from diffit.evaluation.features import Backend, create_backend
 from diffit.evaluation.reader import Images
@@ -24,11 +18,6 @@ from diffit.evaluation.scores import Reference, Scores, load_reference, score_im
 from diffit.sampling.config import SampleConfig
 from diffit.sampling.labels import class_names, resolve_labels
 from diffit.system.console import progress
-from diffit.system.device import to_device
-
-HELD_OUT_IMAGES = 2000
-_BATCH = 500
-_HELD_OUT = 31  # its stream of random numbers
 
 
 def open_reference(
@@ -71,23 +60,3 @@ def score(
 
     seen = labels.cpu().numpy() if known else None
     return score_images(batches(), reference, backend, manifold, labels=seen, bootstrap=bootstrap)
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, config: CheckpointConfig, device: torch.device) -> float:
-    """The training loss on images of Fashion-MNIST's test set; times and noise are the same for all networks."""
-    process, codec = create_process(config.process_config), create_codec(config.codec, device)
-    test, total = fashion_mnist(train=False), 0.0
-    for start in progress(range(0, HELD_OUT_IMAGES, _BATCH), "held-out loss", leave=False):
-        part = slice(start, min(start + _BATCH, HELD_OUT_IMAGES))
-        images, y = to_device(test.images[part], device), to_device(test.labels[part], device)
-        generator = keyed_generator(0, start // _BATCH, _HELD_OUT)
-        t = to_device(process.draw_t(generator, len(images)), device)
-        shape = (len(images), config.network.in_channels, *(config.network.input_size,) * 2)
-        noise, posterior = (to_device(generator.standard_normal(shape, np.float32), device) for _ in range(2))
-        if isinstance(codec, VAECodec):
-            x_start = codec.latents(codec.encode_moments(images), posterior)
-        else:
-            x_start = codec.encode(images)
-        total += process.training_losses(lambda x, t, y=y: model(x, t, y), x_start, t, noise).loss.sum().item()
-    return total / HELD_OUT_IMAGES

@@ -137,8 +137,9 @@ def yaml_lines(config: ProcessSettings, num_classes: int) -> list[str]:
             del tree[name]
     for name in unread_settings(config.process, config.sampling.sampler):
         del tree["sampling"][name]
-    if not tree.get("evaluation", {"every": 1})["every"]:
-        del tree["evaluation"]
+    for name in ("evaluation", "validation"):
+        if not tree.get(name, {"every": 1})["every"]:
+            del tree[name]
     if not num_classes:  # there is no class to guide to
         del tree["guidance"]
     return yaml.safe_dump(tree, sort_keys=False).splitlines()

@@ -188,6 +188,8 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"the EMAs {rates} must be at least one, and all different")
     if scored.every and scored.reference is None:
         raise ValueError("--evaluation.every needs --evaluation.reference: make one with evaluations/make_reference.py")
+    if config.validation.every and config.validation.path is None and config.data.name == "folder":
+        raise ValueError("--validation.every needs --validation.path: held-out images, laid out as the training images")
     if scored.every and config.parallel == "fsdp":
         raise ValueError(
             "--evaluation does not score sharded networks: score checkpoints with sample.py and eval_run.sh"

@@ -245,8 +245,10 @@ def worker_count(wanted: int) -> int:
     return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def open_images(name: DataName, path: str | None, size: int, channels: int) -> ImageDataset:
+def open_images(name: DataName, path: str | None, size: int, channels: int, train: bool = True) -> ImageDataset:
     """A data set by name, or from a path; rank 0 prints what is there and what is made of it.
+
+    train: the training split, not the test split, of a data set by name.
 
     Raises:
         ValueError: in one sentence, if there are no images, no path, or nothing can be done with that many channels.
@@ -255,9 +257,9 @@ def open_images(name: DataName, path: str | None, size: int, channels: int) -> I
     if channels not in MODES:
         raise ValueError(f"images of {channels} channels cannot be made: the network or VAE must take 1 or 3")
     if name == "fashion_mnist":
-        source: ImageFiles | ImageArrays = fashion_mnist(path)
+        source: ImageFiles | ImageArrays = fashion_mnist(path, train)
     elif name == "cifar10":
-        source = cifar10(path)
+        source = cifar10(path, train)
     elif path is None:
         raise ValueError("name the images: --data.path FOLDER_OR_ZIP, or --data.name fashion_mnist or cifar10")
     else:
@@ -303,8 +305,8 @@ def fashion_mnist(path: str | Path | None = None, train: bool = True) -> ImageAr
     return ImageArrays(images[..., None], labels.astype(np.int64), FASHION_CLASSES)
 
 
-def cifar10(path: str | Path | None = None) -> ImageArrays:
-    """The training images of CIFAR-10, RGB: [50000, 32, 32, 3].
+def cifar10(path: str | Path | None = None, train: bool = True) -> ImageArrays:
+    """The images of CIFAR-10, RGB: [50000 or 10000, 32, 32, 3].
 
     path: the folder that holds cifar-10-batches-py; by default data/, to which torchvision downloads it once.
 
@@ -315,10 +317,10 @@ def cifar10(path: str | Path | None = None) -> ImageArrays:
     from torchvision.datasets import CIFAR10
 
     if path is None:
-        data = _downloaded("CIFAR-10", lambda: CIFAR10("data", download=True))
+        data = _downloaded("CIFAR-10", lambda: CIFAR10("data", train, download=True))
     else:
         try:
-            data = CIFAR10(path)
+            data = CIFAR10(path, train)
         except RuntimeError as error:  # of files that are missing or corrupted
             raise FileNotFoundError(
                 f"{path} does not hold CIFAR-10, or not whole: expected cifar-10-batches-py there; leave the path out "

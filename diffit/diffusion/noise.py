@@ -28,6 +28,8 @@ class RandomStream(IntEnum):
     # of an image that training sees
     CORRUPTION = 17
     POSTERIOR = 18
+    # of a held-out image
+    VALIDATION = 19
     # of a step of training; rank r takes DROPOUT + r, so nothing may stand behind it
     DROPOUT = 64
 

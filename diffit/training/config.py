@@ -55,6 +55,22 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Loss of the first EMA on held-out images, whole and in eight bins of t, always at the same times and noise.
+
+    Args:
+        every: steps between losses; 0 never computes one.
+        path: folder, ZIP or Parquet file of held-out images, with the classes of the training images; by default the
+            test split of a data set by name.
+        images: number of images, spread evenly over those there are.
+    """
+
+    every: int = setting(0, at_least=0)
+    path: str | None = None
+    images: int = setting(2000, at_least=1)
+
+
+@dataclass(frozen=True)
 class TrainConfig(ProcessSettings):
     """What train.py does.
 
@@ -119,6 +135,7 @@ class TrainConfig(ProcessSettings):
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = setting("tensorboard", FREE)
     preview_every: int | None = setting(None, FREE, at_least=0)
     evaluation: EvaluationConfig = setting(EvaluationConfig(), FREE)
+    validation: ValidationConfig = setting(ValidationConfig(), FREE)
     data: DataConfig = setting(DataConfig())
     codec: CodecConfig = setting(CodecConfig(), NOTED)
     optimizer: OptimizerConfig = setting(OptimizerConfig(), NOTED)

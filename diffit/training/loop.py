@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from diffit.training.recurring import Recurring
 from diffit.training.step import TrainState, train_step
 from diffit.training.stopping import INTERRUPTED, Stopped, StopSignals
 from diffit.training.tracker import check_tracker
+from diffit.training.validation import create_validation
 
 _LESS_MEMORY = (
     "lower --batch_size, or compute it in parts with --accumulate 2 or more, or recompute blocks with "
@@ -111,7 +113,7 @@ def create_recurring(
     device: torch.device,
     world: World,
 ) -> list[Recurring]:
-    """Checkpoints, previews and scores, in the order in which they come after a step.
+    """Checkpoints, previews, scores and validation losses, in the order in which they come after a step.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence, for what pictures or scores lack: now, not after hours.
@@ -121,6 +123,7 @@ def create_recurring(
     pictures = ImageSampler.create(ema, description, device, precision=config.precision, codec=codec)
     previews = Previews(pictures, run_dir / "previews")
     score = create_scorer(pictures, config, device) if config.evaluation.every else None
+    validate = create_validation(pictures, config, world) if config.validation.every else None
 
     def save(logger: MetricLogger, last: bool) -> None:
         made_by = f"{task.recipe}, {state.step} steps of {config.batch_size} images{after}"
@@ -139,14 +142,15 @@ def create_recurring(
                 logger.image(state.step, "samples", path)
         distributed.barrier(world)
 
-    def evaluate(logger: MetricLogger, last: bool) -> None:
+    def evaluate(scores: Callable[[], dict[str, float]] | None, logger: MetricLogger, last: bool) -> None:
         with logger.optional("scores", f"step {state.step} could not be scored", together=True):
-            logger.scores(state.step, score() if score else {})
+            logger.scores(state.step, scores() if scores else {})
 
     return [
         Recurring(save, config.save_every, gap=60, at_end=True),
         Recurring(preview, config.preview_every, growth=1.2),
-        Recurring(evaluate, config.evaluation.every),
+        Recurring(partial(evaluate, score), config.evaluation.every),
+        Recurring(partial(evaluate, validate), config.validation.every),
     ]
 
 

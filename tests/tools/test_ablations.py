@@ -142,15 +142,15 @@ save_every: 1
 keep_every: 1
 tracker: none
 evaluation: {samples: 8, batch_size: 8}
+validation: {images: 20}
 data: {name: fashion_mnist, flip: false}
 codec: {vae: pixels, factor: 1}
 sampling: {sampler: heun, num_sampling_steps: 2}
 """
 
 
-def test_run_goes_on_and_refuses_to_mix(tool, tmp_path, capsys, monkeypatch):
+def test_run_goes_on_and_refuses_to_mix(tool, tmp_path, capsys):
     """Two variants are trained and scored; the same command does nothing, another budget or network is refused."""
-    monkeypatch.setattr("scoring.HELD_OUT_IMAGES", 20)
     base, out = tmp_path / "base.yaml", tmp_path / "out"
     base.write_text(BASE)
     command = ["run", str(base), "--out", str(out), "--seeds", "5", "--device", "cpu", "--variants"]

@@ -44,8 +44,9 @@ def main() -> None:
     except ValueError as error:
         seen["refused"] = str(error)
     begin("long", "--steps", "50", "--save_every", "50")
-    begin("ddp")
-    begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--activation_checkpointing", "true")
+    begin("ddp", "--validation.every", "3")
+    more = ["--activation_checkpointing", "true", "--validation.every", "3"]
+    begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", *more)
     begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--steps", "4")
     begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6")
     for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):

@@ -33,6 +33,7 @@ TIMING = ("images_per_s", "mfu", "peak_memory")
 
 
 def tiny_flags(folder: Path) -> list[str]:
+    write_fashion_files(folder / "fashion", count=70, stem="t10k")
     return [*TINY, "--data.path", str(write_fashion_files(folder / "fashion", count=32))]
 
 

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from diffit import load_model
+from diffit.cli.train import parse_train
+from diffit.sampling.images import ImageSampler
+from diffit.system.ranks import World
+from diffit.training.validation import create_validation
 from tests.conftest import ROOT
 from tests.training.runs import TWO, log_of, run
 
@@ -32,7 +36,7 @@ def seen(folder):
 
 
 def curve(run_dir, key="loss"):
-    return np.array([line[key] for line in log_of(run_dir)])
+    return np.array([line[key] for line in log_of(run_dir) if key in line])
 
 
 def weights(run_dir, file="ema.safetensors", step=6):
@@ -59,6 +63,18 @@ def test_fsdp_resumes_bit_for_bit(folder):
         np.testing.assert_array_equal(weights(folder / "fsdp_half", file), weights(folder / "fsdp", file))
     assert np.ptp(weights(folder / "fsdp") - weights(folder / "fsdp", "ema_0.2.safetensors")) > 0
     assert (folder / "fsdp_half" / "previews" / "00000006.png").exists()
+
+
+def test_ranks_share_the_held_out_images(folder, flags):
+    """Of the same weights, three parts of 70 images give two ranks the very loss that one rank computes."""
+    config = parse_train([*flags, "--validation.every", "3"]).config
+    for kind in ("ddp", "fsdp"):
+        pictures = ImageSampler.create(*load_model(folder / kind), torch.device("cpu"))
+        one = create_validation(pictures, config, World())()
+        two = log_of(folder / kind)[-1]
+        assert two["step"] == 6
+        assert two.items() >= one.items()
+        assert len(one) == 9
 
 
 def test_shards_are_read_without_the_ranks_that_wrote_them(folder):
