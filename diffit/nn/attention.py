@@ -43,16 +43,20 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def fastest_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Eq. 6 by the products themselves where they were measured to be faster, else by PyTorch's fused attention.
 
-    - On CUDA in float32 from 1,024 tokens on: a guided call at 512 pixels took an H200 148.9 ms with products in TF32,
-      172.9 ms without (batch 8, not compiled), but 2.6 instead of 0.8 GiB, for products hold the N x N matrix. At 256
-      tokens fused attention is faster: 48.3 ms, 49.8 with products (batch 16, 0.4 and 0.5 GiB).
+    - On CUDA in TF32 from 1,024 tokens on: a guided call at 512 pixels took an H200 148.9 ms with products and 172.9
+      without (batch 8, not compiled), but 2.6 instead of 0.8 GiB, for products hold the N x N matrix. At 256 tokens
+      fused attention is faster: 48.3 ms, 49.8 with products (batch 16, 0.4 and 0.5 GiB).
     - On a CPU in 16 bits up to 64 tokens: products took 0.5 to 0.9 of the time at six of eight sizes of small networks,
       1.2 times at two (one thread of a busy machine with avx512_bf16).
 
-    In training, where memory counts and the bias needs a gradient, neither was measured: there all is fused.
+    Neither was measured in training, where memory counts and the bias needs a gradient, nor in plain float32 on CUDA:
+    there all is fused.
     """
-    exact, tokens, kind = q.dtype == torch.float32, q.shape[-2], q.device.type
-    products = (kind == "cuda" and exact and tokens >= 1024) or (kind == "cpu" and not exact and tokens <= 64)
+    exact, tokens = q.dtype == torch.float32, q.shape[-2]
+    if q.device.type == "cuda":
+        products = exact and tokens >= 1024 and torch.backends.cuda.matmul.allow_tf32
+    else:
+        products = q.device.type == "cpu" and not exact and tokens <= 64
     if products and not torch.is_grad_enabled():
         return matmul_attention(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

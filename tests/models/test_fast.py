@@ -19,7 +19,7 @@ from diffit.models.fast import (
 from diffit.nn import attention
 from diffit.nn.attention import TMSA, fastest_attention, matmul_attention
 from diffit.nn.block import DiffiTBlock
-from diffit.system.device import autocast, set_matmul_precision
+from diffit.system.device import autocast, product_dtype, set_matmul_precision
 from tests.golden_models import NAMES, golden_network, golden_tensors, relative_error
 from tests.nn.test_attention import naive_tmsa
 from tests.small_models import random_network
@@ -129,18 +129,21 @@ def test_attention_functions_compute_the_equations(function):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "tokens", "products"),
+    ("device", "precision", "tokens", "products"),
     [
-        ("cpu", torch.bfloat16, 64, True),
-        ("cpu", torch.bfloat16, 65, False),
-        ("cpu", torch.float32, 64, False),
-        pytest.param("cuda", torch.float32, 1024, True, marks=needs_gpu),
-        pytest.param("cuda", torch.float32, 1023, False, marks=needs_gpu),
-        pytest.param("cuda", torch.bfloat16, 1024, False, marks=needs_gpu),
+        ("cpu", "bf16", 64, True),
+        ("cpu", "bf16", 65, False),
+        ("cpu", "fp32", 64, False),
+        pytest.param("cuda", "tf32", 1024, True, marks=needs_gpu),
+        pytest.param("cuda", "tf32", 1023, False, marks=needs_gpu),
+        pytest.param("cuda", "fp32", 1024, False, marks=needs_gpu),
+        pytest.param("cuda", "bf16", 1024, False, marks=needs_gpu),
     ],
 )
-def test_attention_is_chosen_by_device_precision_and_tokens(device, dtype, tokens, products, monkeypatch):
+def test_attention_is_chosen_by_device_precision_and_tokens(device, precision, tokens, products, monkeypatch):
     """And is fused wherever gradients are."""
+    set_matmul_precision(precision)
+    dtype = product_dtype(precision)
     q, k, v = (torch.randn(1, 1, tokens, 8, device=device, dtype=dtype) for _ in range(3))
     bias, calls = torch.randn(1, 1, tokens, tokens, device=device, dtype=dtype), []
     monkeypatch.setattr(attention, "matmul_attention", lambda *args: calls.append(1) or matmul_attention(*args))
@@ -148,6 +151,7 @@ def test_attention_is_chosen_by_device_precision_and_tokens(device, dtype, token
         with torch.set_grad_enabled(gradients):
             fastest_attention(q, k, v, bias)
         assert bool(calls) == expected
+    set_matmul_precision("fp32")
 
 
 def test_a_copy_computes_every_attention_as_it_is_named():
