@@ -49,8 +49,13 @@ class SampleFolder:
         self.key = key
         self.shards = path / "shards"
 
-    def prepare(self, settings: dict[str, Any], overwrite: bool) -> str:
+    def prepare(self, settings: dict[str, Any], overwrite: bool, defaults: dict[str, Any] | None = None) -> str:
         """Make the folder ready for these settings; samples already made with the same ones stay. Returns the key.
+
+        Args:
+            settings: of the samples, a tree of plain values.
+            overwrite: replace samples of other settings.
+            defaults: values of the settings that an older manifest lacks, a tree alike.
 
         Raises:
             ValueError: if it holds samples of other settings and overwrite is False, or cannot be written.
@@ -60,10 +65,10 @@ class SampleFolder:
             try:
                 manifest = self.read_manifest()
                 found = manifest.get("settings")
-                what = "no manifest says how" if found is None else difference(found, settings)
+                what = "no manifest says how" if found is None else difference(found, settings, defaults=defaults)
             except ValueError:
-                manifest, found, what = {}, None, f"{MANIFEST} is damaged and does not say how"
-            if found != settings:
+                manifest, what = {}, f"{MANIFEST} is damaged and does not say how"
+            if what:
                 made = any(self.path.glob("samples_*.npz")) or any(self.shards.glob("*.npz"))
                 if made and not overwrite:
                     raise ValueError(

@@ -56,12 +56,16 @@ def generate(task: SampleTask) -> Path:
     # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
     settings = {key: value for key, value in as_tree(config).items() if key in settings_that(SAME, SampleConfig)}
     settings |= {"vae": checkpoint.codec.vae, "device": device.type, "precision": precision, "compile": compile}
+    defaults = as_tree(SampleConfig()) | {
+        "precision": resolve_precision(None, config.fast, device),
+        "compile": resolve_compile(None, config.fast, device),
+    }
     folder = SampleFolder(Path(config.log_dir or f"logs/{checkpoint.model}"), config.num_samples)
     with distributed.joined(device) as world:
         # Of a run that goes on, all ranks take the checkpoint that rank 0 found to be the newest.
         source, settings["weights_sha256"] = distributed.on_main(world, lambda: (task.source, task.source.sha256()))
         with distributed.main_only(world, exclusive(folder.path)):
-            folder.key = distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite))
+            folder.key = distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite, defaults))
             seconds_per_image = None  # unknown where nothing was left to sample
             if folder.finished() is None:
                 model = load_weights(source.fetch(), task.checkpoint).requires_grad_(False)

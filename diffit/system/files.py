@@ -165,13 +165,22 @@ def as_tree(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], free: Collection[str] = (), prefix: str = "") -> str:
-    """The settings that differ, but for the free ones, as 'seed: 0, now 1; guidance.scale: 1.5, now 4.4'."""
-    parts = []
+def difference(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    free: Collection[str] = (),
+    prefix: str = "",
+    defaults: dict[str, Any] | None = None,
+) -> str:
+    """The settings that differ, but for the free ones, as 'seed: 0, now 1; guidance.scale: 1.5, now 4.4'.
+
+    What the old ones lack has its default: they may have been written before there was such a setting.
+    """
+    parts, defaults = [], defaults or {}
     for key in sorted(key for key in {*old, *new} if f"{prefix}{key}" not in free):
-        a, b = old.get(key), new.get(key)
+        a, b = old.get(key, defaults.get(key)), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            parts.append(difference(a, b, free, f"{prefix}{key}."))
+            parts.append(difference(a, b, free, f"{prefix}{key}.", defaults.get(key)))
         elif a != b:
             parts.append(f"{prefix}{key}: {a}, now {b}")
     return "; ".join(part for part in parts if part)

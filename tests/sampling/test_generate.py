@@ -15,9 +15,11 @@ import torch
 
 from diffit.cli.sample import parse_sample
 from diffit.sampling import generate as generate_module
+from diffit.sampling.config import SampleConfig
 from diffit.sampling.folder import SampleFolder
 from diffit.sampling.generate import generate, resolve_labels
 from diffit.sampling.images import resolve_compile
+from diffit.system.files import as_tree
 from tests.conftest import ROOT
 from tests.small_models import CLASSES, save_small_checkpoint, save_small_vae
 
@@ -171,6 +173,35 @@ def test_finished_folders_are_left_alone_and_others_refused(sample):
         sample("--num_samples 2 --seed 5", folder)
     replaced, _, _ = sample("--num_samples 2 --seed 5 --overwrite True", folder)
     np.testing.assert_array_equal(replaced, sample("--num_samples 2 --seed 5")[0])
+
+
+def test_a_setting_that_an_older_folder_lacks_had_its_default(sample):
+    """Every setting of the manifest, also within a group, is left out by itself; only values by default may be."""
+    _, _, folder = sample("--num_samples 2 --guidance.power 3")
+    path, defaults = folder / "manifest.json", as_tree(SampleConfig()) | {"precision": "fp32", "compile": False}
+    text = path.read_text()
+    names = [(key, inner) for key, value in json.loads(text)["settings"].items() for inner in (None, *_keys(value))]
+    fits = set()
+    for key, inner in names:
+        manifest = json.loads(text)
+        group, name, usual = manifest["settings"], key, defaults
+        if inner is not None:
+            group, name, usual = group[key], inner, defaults[key]
+        if group.pop(name) == usual.get(name):
+            fits.add((key, inner))
+        path.write_text(json.dumps(manifest))
+        if (key, inner) in fits:
+            sample("--num_samples 2 --guidance.power 3", folder)
+            assert json.loads(path.read_text()) == manifest
+        else:
+            with pytest.raises(ValueError, match=rf"made with other settings \({name if inner is None else key}"):
+                sample("--num_samples 2 --guidance.power 3", folder)
+    assert {("compile", None), ("precision", None), ("fast", None), ("guidance", "skip_below")} <= fits
+    assert not {("guidance", None), ("guidance", "power"), ("num_samples", None), ("weights_sha256", None)} & fits
+
+
+def _keys(value):
+    return value if isinstance(value, dict) else ()
 
 
 def test_16_bit_precision_stays_close(sample):
