@@ -130,24 +130,17 @@ def make_reference(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(metavar="PART", required=True)
-
-    def add_part(name: str, make: object) -> argparse.ArgumentParser:
-        part = parts.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        part.set_defaults(make=make)
-        if name != "bundle":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            part.add_argument("--device", default=device, help="cuda or cpu")
-        if name == "classifier":
-            part.add_argument("--seed", type=int, default=0, help="of initialisation and order")
-        return part
-
-    bundle = add_part("bundle", make_bundle)
+    bundle, classifier, reference = map(parts.add_parser, ("bundle", "classifier", "reference"))
+    bundle.set_defaults(make=make_bundle)
     bundle.add_argument("checkpoint", type=Path, help="an ema.safetensors that train.py wrote")
-    classifier = add_part("classifier", make_classifier)
-    classifier.add_argument("--epochs", type=int, default=16, help="passes over the real training set")
+    classifier.set_defaults(make=make_classifier)
+    classifier.add_argument("--epochs", type=int, default=16, help="passes over the real training set, 16 by default")
+    classifier.add_argument("--seed", type=int, default=0, help="of initialisation and order")
     classifier.add_argument("--out", type=Path, default=CLASSIFIER, help="where to write the weights")
-    reference = add_part("reference", make_reference)
+    reference.set_defaults(make=make_reference)
     reference.add_argument("--out", type=Path, default=REFERENCE, help="the file to write")
+    for part in (classifier, reference):
+        part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
     torch.manual_seed(getattr(args, "seed", 0))
     args.make(args)

@@ -49,18 +49,9 @@ def open_data(args: argparse.Namespace, size: int, channels: int) -> ImageDatase
 
 def create_vae(channels: int, size: int) -> AutoencoderKL:
     """0.83 M parameters, two halvings."""
-    return AutoencoderKL(
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=size,
-        scaling_factor=1.0,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sizes = {"block_out_channels": (32, 48, 64), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
+    return AutoencoderKL(channels, channels, **blocks, **sizes, sample_size=size, scaling_factor=1.0)
 
 
 def vae_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:

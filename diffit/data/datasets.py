@@ -156,6 +156,8 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
     def remarks(self) -> list[str]:
         """Which sizes and kinds the pictures have, and what is made of them, in lines."""
         headers = self.source.headers()
+        if not headers:
+            return ["sizes and kinds: unknown, as no image can be decoded"]
         sizes = Counter((width, height) for width, height, _ in headers)
         grey = sum(channels == 1 for _, _, channels in headers)
         known = [f"{width}x{height} ({count})" for (width, height), count in sizes.most_common(3)]

@@ -88,7 +88,7 @@ def describe(config: TrainConfig, class_names: Sequence[str], count: int) -> lis
         f"network: {config.model}, {parameters / 1e6:.3g} M parameters, images of {side}x{side}{guided}; process: "
         f"{config.process} on {space}",
         f"{config.steps:,} steps of {config.batch_size} images: each of the {count:,} images is seen "
-        f"{config.steps * config.batch_size / count:,.3g} times",
+        f"{config.steps * config.batch_size / count:,.1f} times",
         f"settings: {where}/config.yaml, from where the same command goes on; previews: {where}/previews/latest.png",
     ]
     wish = f" --class_labels {shlex.quote(class_names[0])}" if class_names and classes else ""
