@@ -126,8 +126,9 @@ def score_vae(args: argparse.Namespace) -> None:
         pairs += [image for pair in zip(images, results, strict=True) for image in pair][: 16 - len(pairs)]
         features = backend(results)
         seen.update(features.pool)
-        right += int((features.probabilities.argmax(1) == data.labels[part]).sum())
-        if not bundled:
+        if bundled and features.probabilities is not None:
+            right += int((features.probabilities.argmax(1) == data.labels[part]).sum())
+        else:
             originals.update(backend(images).pool)
     save_grid(args.out, pairs, ["original", "reconstructed"] * (len(pairs) // 2))
     real = bundled_reference(backend) if bundled else None
