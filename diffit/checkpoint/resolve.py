@@ -140,7 +140,7 @@ def _on_disk(path: Path) -> tuple[Path, CheckpointConfig | None]:
         path = whole
     if (path / EMA_FILE).is_file():
         path = path / EMA_FILE
-    averaged = path.with_name(EMA_FILE)
+    averaged = path.parent / EMA_FILE
     if path.name in (STATE_FILE, STATE_FOLDER) and averaged.is_file():
         return path, read_metadata(averaged)
     if path.is_dir():
@@ -156,7 +156,7 @@ def _pipeline_config(folder: Path) -> CheckpointConfig:
         index, network = (json.loads(file.read_text()) for file in files)
         network = {name: value for name, value in network.items() if not name.startswith("_")}
         config = CheckpointConfig.from_json(json.dumps(index["checkpoint"] | {"network": network}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"cannot load the pipeline in {folder} ({first_line(error)}): check that it was written by "
             "DiffiTPipeline.save_pretrained, and copy or download it again"
@@ -190,7 +190,7 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
     Raises:
         ValueError: if the file is damaged or of another version.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return None
     try:
         with safe_open(path, framework="np") as file:
@@ -201,7 +201,7 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
         return None
     try:
         return CheckpointConfig.from_json(metadata[METADATA_KEY])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = str(error).removeprefix("--")
         raise ValueError(
             f"{path} has damaged metadata, or those of another version of diffit ({reason}): update diffit, or give "

@@ -67,11 +67,13 @@ def load_weights(path: Path, config: CheckpointConfig) -> nn.Module:
         if not torch.equal(value, right):
             raise ValueError(f"{path} orders its relative positions differently ({name}): it is not a DiffiT file")
     for name, value in state.items():
-        state[name] = value.detach().float() if value.is_floating_point() else torch.tensor(torch.nan)
+        dense = value.layout == torch.strided and not value.is_meta
+        usable = value.is_floating_point() and dense
+        state[name] = value.detach().float() if usable else torch.tensor(torch.nan)
         if not state[name].isfinite().all():
+            wrong = "not finite everywhere" if usable else "not dense" if not dense else "no floating point"
             raise ValueError(
-                f"{path} holds numbers that no network can use ({name} is {value.dtype} and "
-                f"{'not finite everywhere' if value.is_floating_point() else 'no floating point'}): give another file"
+                f"{path} holds numbers that no network can use ({name} is {value.dtype} and {wrong}): give another file"
             )
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -100,7 +102,8 @@ def _read_folder(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 def _read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, or of any other that torch.save wrote without code in it."""
     try:
-        tree: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        safe = path.suffix.lower() == ".safetensors"
+        tree: Any = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         if code is None or not isinstance(error, pickle.UnpicklingError):
@@ -117,7 +120,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 f"{path} holds no weights under {', '.join(_NESTED)}, but {', '.join(map(str, keys[:10])) or 'nothing'}"
                 ": save the network's state_dict() there"
             )
-        tree = tree[nested]
+        tree = tree.pop(nested)  # not [nested]: a tree that holds itself comes to an end
     return dict(tree)
 
 
@@ -128,7 +131,7 @@ def _is_state(tree: Any) -> bool:
 
 def _without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without what wrappers put before all of them: module. of DDP, _orig_mod. of torch.compile, or any other."""
-    shared = [cut for cut in range(len(min(state, key=len))) if len({name[:cut] for name in state}) == 1]
+    shared = [cut for cut in range(len(min(state, key=len)) + 1) if len({name[:cut] for name in state}) == 1]
     cut = max(shared, key=lambda cut: sum(name[cut:] in expected for name in state))
     return {name[cut:]: value for name, value in state.items()}
 

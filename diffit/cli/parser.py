@@ -21,12 +21,18 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-4 is one, where YAML 1.1 asks for 1.0e-4."""
+    """YAML 1.2's numbers: 1e-4 is one, where YAML 1.1 asks for 1.0e-4, and neither is 010 eight nor 1:30 ninety."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9.]*[eE][-+]?[0-9]+$"), [*"-+0123456789"]
-)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _number in {
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)",
+    "float": r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_number})$"), [*"-+.0123456789"])
 
 
 def given_arguments(command: Command, argv: Sequence[str] | None) -> list[str]:

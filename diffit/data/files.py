@@ -267,7 +267,7 @@ def _edm_labels(root: Path, entry: str, archive: dict[str, zipfile.ZipInfo] | No
         if not isinstance(tree, dict) or "labels" not in tree:
             return None
         labels = {name.replace("\\", "/"): label for name, label in dict(tree["labels"] or {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{root}/{entry} holds no list of file names and labels ({first_line(error)})") from error
     for name, label in labels.items():
         if type(label) is not int or not 0 <= label < MOST_CLASSES:
@@ -323,7 +323,8 @@ def _archive(path: Path) -> dict[str, zipfile.ZipInfo]:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{path} is neither a folder nor a readable ZIP ({error}): check the path") from error
-    named = {info.filename.replace("\\", "/").removeprefix("./"): info for info in infos}  # as Windows writes them
+    # Windows writes \; other tools write /a, ./a or a//b, all of which are unpacked as a or a/b.
+    named = {re.sub(r"(^|/)(\.?/)+", r"\1", info.filename.replace("\\", "/")): info for info in infos}
     return {name: info for name, info in named.items() if name and not any(map(_hidden, name.split("/")))}
 
 

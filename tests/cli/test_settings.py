@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from diffit.cli import encode, sample, train
+from diffit.cli.parser import parse
 from diffit.cli.settings import help_text, settings_of
 
 PARSE = {"sample": sample.parse_sample, "train": train.parse_train, "encode": encode.parse_encode}
@@ -131,3 +132,20 @@ def test_an_empty_interval(name, capsys):
 def test_a_switch_alone_is_true():
     config = sample.parse_sample(["--dry_run", "--save_png", "--fast", "false"]).config
     assert (config.dry_run, config.save_png, config.fast) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-4", 1e-4), ("1.5E+3", 1500), (".5", 0.5), ("-1.", -1), ("+2", 2), ("1_000", 1000), ("007", 7), ("0x10", 16)],
+)
+def test_numbers_mean_what_they_say(written, value):
+    assert parse(train.COMMAND, [f"--guidance.scale={written}"]) == {"guidance.scale": value}
+
+
+@pytest.mark.parametrize("written", ["1:30", "010", "0b1", "1:30.5", "2024-01-01", "nan", "1e999", "true"])
+def test_numbers_of_yaml_1_1_are_refused(written, tmp_path):
+    """Else 1:30 would be 90, and 010 would be 8."""
+    (tmp_path / "a.yaml").write_text(f"seed: {written}\n")
+    for arguments in (["--seed", written], ["--config", str(tmp_path / "a.yaml")]):
+        with pytest.raises(ValueError, match="--seed must be a whole number"):
+            parse(train.COMMAND, arguments)

@@ -55,6 +55,10 @@ def test_wrapping_folders_and_splits_are_seen_through(tmp_path):
     root = write_pictures(tmp_path / "images", CLASSES)
     expected = image_files(root)
     wrapped = image_files(zipped(root, tmp_path / "wrapped.zip", prefix="my/images/"))
+    for prefix in ("/", "./", "//", "my//images/./", ".\\", "\\"):  # as ZIP tools write them
+        odd = image_files(zipped(root, tmp_path / "odd.zip", prefix=prefix))
+        assert odd.class_names == wrapped.class_names
+        assert (odd.labels == wrapped.labels).all()
     assert wrapped.class_names == expected.class_names
     write_pictures(tmp_path / "imagenet" / "train", CLASSES)
     write_pictures(tmp_path / "imagenet" / "val", {"cat": 5, "dog": 5})
