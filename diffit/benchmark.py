@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from diffit.checkpoint.config import CheckpointConfig, default_config
-from diffit.checkpoint.resolve import BUNDLED, find_checkpoint
-from diffit.checkpoint.weights import load_weights
+from diffit.checkpoint.resolve import BUNDLED
+from diffit.checkpoint.weights import load_model
 from diffit.cli.run import one_sentence
 from diffit.codec import create_codec
 from diffit.config import Precision
@@ -203,11 +203,11 @@ def measure_sampling(
     rows = []
     for name, (_, _, precision) in sampled.items():
         found[name] += shares[name] * (found.get(f"skipped {name}", 0) - found[name])
-        flops = (1.0 + _is_guided(config) - shares[name]) * estimate(network).flops / 3  # of a forward pass alone
-        row = _row(name, precision, found, batch, flops, device, calls[name])
+        flops = (1.0 + _is_guided(config) - shares[name]) * batch * estimate(network).flops / 3  # forward alone
+        row = _row(name, precision, found, flops, device, calls[name])
         probes = sorted(times)[:: max(1, len(times) // 3)]
         error = torch.stack([predict(name, t) - predict("baseline", t) for t in probes])
-        row |= {"images_per_s": row["images_per_s"] / len(times)}
+        row |= {"images_per_s": batch / found[name] / len(times)}
         rows.append(row | {"max_error": error.abs().max().item(), "rms_error": error.square().mean().sqrt().item()})
     if not whole_batches or len(times) * sum(found[name] for name in sampled) > seconds:
         return rows
@@ -226,19 +226,12 @@ def measure_sampling(
 
 
 def _row(
-    name: str,
-    precision: Precision,
-    seconds: dict[str, float],
-    batch: int,
-    flops: float,
-    device: torch.device,
-    call: Callable[[], object],
+    name: str, precision: Precision, times: dict[str, float], flops: float, device: torch.device, call: Any
 ) -> Row:
-    """Of a call that takes seconds[name] for `batch` images, each of so many operations."""
-    images_per_s = batch / seconds[name]
-    row: Row = {"variant": name, "precision": precision, "ms": 1e3 * seconds[name]}
-    row |= {"speedup": next(iter(seconds.values())) / seconds[name], "images_per_s": images_per_s}
-    row["peak_share"] = flops * images_per_s / _peak(device, precision)
+    """Of a call of so many operations that takes times[name] seconds."""
+    row: Row = {"variant": name, "precision": precision, "ms": 1e3 * times[name]}
+    row |= {"speedup": next(iter(times.values())) / times[name]}
+    row |= {"peak_share": flops / times[name] / _peak(device, precision)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -282,31 +275,24 @@ def measure_training(
     t = torch.from_numpy(process.draw_t(np.random.default_rng(_SEED), batch))
     data = Batch(x_start, noise, t, conditions).to(device)
     model.train()
-    state = TrainState(
-        model=model,
-        forward=model,
-        emas={"ema": EMA(model)},
-        process=process,
-        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=device.type != "mps"),
-        scaler=torch.amp.GradScaler(device.type, enabled=low == "fp16"),
-        sums=torch.zeros(4, device=device),
-    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=low == "fp16")
+    sums = torch.zeros(4, device=device)
+    state = TrainState(model, model, {"ema": EMA(model)}, process, optimizer, scaler, sums)
 
     def step(forward: Any, precision: Precision) -> None:
         set_matmul_precision(precision)
         settings = TrainConfig(batch_size=batch, precision=precision)
         train_step(replace(state, forward=forward), data, settings, World())
 
-    calls: dict[str, Callable[[], object]] = {}
-    precisions: dict[str, Precision] = {}
-    for variant in variants:
-        if (variant.endswith("autocast") and low == exact) or ("compile" in variant and not compiles(device)):
-            continue
-        forward = torch.compile(model) if "compile" in variant else model
-        precisions[variant] = low if variant.endswith("autocast") else exact
-        calls[variant] = partial(step, forward, precisions[variant])
-    found, flops = interleaved(calls, device, rounds, seconds), estimate(network).flops
-    return [_row(name, precisions[name], found, batch, flops, device, call) for name, call in calls.items()]
+    able = {"autocast": low != exact, "compile": compiles(device)}
+    variants = [variant for variant in variants if all(able.get(word, True) for word in variant.split("+"))]
+    precisions = {variant: low if "autocast" in variant else exact for variant in variants}
+    forwards = {variant: torch.compile(model) if "compile" in variant else model for variant in variants}
+    calls = {variant: partial(step, forwards[variant], precisions[variant]) for variant in variants}
+    found, flops = interleaved(calls, device, rounds, seconds), batch * estimate(network).flops
+    rows = [_row(name, precisions[name], found, flops, device, call) for name, call in calls.items()]
+    return [row | {"images_per_s": batch / found[row["variant"]]} for row in rows]
 
 
 @cache
@@ -356,11 +342,9 @@ def _load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Ch
     model_name, side, *_ = CASES[name]
     torch.manual_seed(_SEED)
     if args.model_path is not None or model_name in BUNDLED:
-        source, config = find_checkpoint(model_name, args.model_path, side)
-        return config, load_weights(source.fetch(), config).eval().to(device), True
-    config = default_config(model_name, side)
-    if args.depth and hasattr(config.network, "depth"):
-        config = replace(config, network=replace(config.network, depth=args.depth))
+        model, config = load_model(args.model_path or model_name, side, model_name)
+        return config, model.to(device), True
+    config = default_config(model_name, side, **({"depth": args.depth} if args.depth else {}))
     with device:
         model = build_model(config.network).eval()
     head: Any = getattr(model, "head", None) or model.get_submodule("final_layer.linear")
@@ -383,15 +367,14 @@ def run(args: argparse.Namespace) -> None:
         config, model, trained = _load(name, args, device)
         batch = args.batch_size or CASES[name][2 if device.type == "cuda" else 3]
         guided = f"guided at {config.guidance.scale:g}" if _is_guided(config) else "unguided"
-        macs = estimate(config.network).flops / 6e9
-        weights = "trained" if trained else "random"
+        macs, weights = estimate(config.network).flops / 6e9, "trained" if trained else "random"
         print(f"\n## {name}\n\nBatch {batch}, {macs:.4g} GMAC an image, {guided}, {weights} weights.")
         measured: dict[str, Any] = {"batch_size": batch, "gmac_per_image": macs}
-        parts: dict[str, Callable[..., list[Row]]]
-        parts = {"sampling": partial(measure_sampling, whole_batches=trained), "training": measure_training}
-        for part in [part for part in parts if part in args.parts]:
-            variants = [variant for variant in PARTS[part] if variant in args.variants]
-            rows = parts[part](config, model, batch, device, args.rounds, args.seconds, variants)
+        measure: dict[str, Any] = {"sampling": partial(measure_sampling, whole_batches=trained)}
+        measure["training"] = measure_training
+        for part in [part for part in PARTS if part in args.parts]:
+            chosen = [variant for variant in PARTS[part] if variant in args.variants]
+            rows = measure[part](config, model, batch, device, args.rounds, args.seconds, chosen)
             if rows:  # none where no variant can be had here
                 print(f"\n{part.capitalize()}:\n\n{table(rows, training=part == 'training')}", flush=True)
             measured[part] = rows

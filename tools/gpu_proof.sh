@@ -102,18 +102,9 @@ found = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.
 found["versions"] = {name: version(name) for name in ("torch", "torchvision", "diffusers", "timm", "numpy")}
 print(found["versions"])
 for log in sorted(out.glob("runs/*/log.jsonl")):
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    found[f"{log.parent.name}_log"] = [line for line in lines if "images_per_s" in line]
+    found[log.parent.name] = lines = [line for line in map(json.loads, log.open()) if "images_per_s" in line]
+    print(log.parent.name, *(f"{line['images_per_s']:.0f} images/s at step {line['step']}" for line in lines[-1:]))
 (out / "summary.json").write_text(json.dumps(found))
-columns = {"ms": "{:9.2f}", "speedup": "{:6.2f}x", "images_per_s": "{:10.4g}", "peak_share": "{:5.0%}"}
-columns |= {"memory_gib": "{:7.2f}", "rms_error": "{:9.2g}"}
-print(f"{'part':22}{'variant':26}{'':6}{'ms':>9}{'ratio':>7}{'images/s':>10}{'peak':>5}{'GiB':>7}{'RMS error':>9}")
-for part, content in found.items():
-    for case in content.get("cases", {}).values() if isinstance(content, dict) else ():
-        for row in (*case.get("sampling", ()), *case.get("training", ())):
-            values = "".join(form.format(row[key]) if key in row else "" for key, form in columns.items())
-            print(f"{part:22}{row['variant']:26}{row['precision']:6}{values}")
-    if isinstance(content, list) and content:
-        print(f"{part:22}{content[-1]['images_per_s']:.0f} images/s at step {content[-1]['step']}")
 PYTHON
+grep -H '^|' "$out"/*.log | sed "s|^$out/||" # the tables
 if [ "$missing" = 0 ]; then echo "all done: $out"; else echo "$missing parts are left: the same command goes on"; fi
