@@ -22,7 +22,7 @@ from diffit.system.ranks import detect_world
 from diffit.training.config import TrainConfig
 
 _STABILITY = STABILITY_VAE.format("ema")
-_LAPTOP = {"steps": 6000, "batch_size": 16, "ema_decay": 0.998, "precision": "fp32", "optimizer.lr": 2e-3}
+_LAPTOP = {"steps": 8000, "batch_size": 16, "ema_decay": 0.998, "precision": "fp32", "optimizer.lr": 2e-3}
 _GPU = {"steps": 20_000, "batch_size": 128, "ema_decay": 0.9995, "precision": "bf16", "optimizer.lr": 3e-4}
 _BOTH = {
     **{"optimizer.schedule": "cosine", "optimizer.grad_clip": 1.0, "optimizer.warmup": 100},
