@@ -21,7 +21,7 @@ import platform
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -231,7 +231,7 @@ def _row(
     """Of a call of so many operations that takes times[name] seconds."""
     row: Row = {"variant": name, "precision": precision, "ms": 1e3 * times[name]}
     row |= {"speedup": next(iter(times.values())) / times[name]}
-    row |= {"peak_share": flops / times[name] / _peak(device, precision)}
+    row |= {"peak_share": flops / times[name] / measured_peak(device, precision)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -293,13 +293,6 @@ def measure_training(
     found, flops = interleaved(calls, device, rounds, seconds), batch * estimate(network).flops
     rows = [_row(name, precisions[name], found, flops, device, call) for name, call in calls.items()]
     return [row | {"images_per_s": batch / found[row["variant"]]} for row in rows]
-
-
-@cache
-def _peak(device: torch.device, precision: Precision) -> float:
-    """Operations a second that the device reaches in large matrix products at this precision."""
-    set_matmul_precision(precision)
-    return measured_peak(device, precision)
 
 
 def table(rows: Sequence[Row], training: bool) -> str:

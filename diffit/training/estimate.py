@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.config import Precision
 from diffit.models.config import DiffiTConfig, NetworkConfig, build_model
-from diffit.system.device import product_dtype
+from diffit.system.device import product_dtype, set_matmul_precision
 from diffit.training.config import TrainConfig
 
 
@@ -100,8 +100,10 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+@cache
 def measured_peak(device: torch.device, precision: Precision) -> float:
-    """Operations a second that a device reaches in large matrix products at a precision."""
+    """Operations a second that a device reaches in large matrix products at a precision, which stays set."""
+    set_matmul_precision(precision)
     on_gpu, repeats = device.type == "cuda", 20
     side = 8192 if on_gpu else 1024
     a, b = (torch.randn(side, side, device=device, dtype=product_dtype(precision)) for _ in range(2))
