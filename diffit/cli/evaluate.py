@@ -88,12 +88,11 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     """Find the files, check them before hours are spent, score; rank 0 prints. Returns the scores as they are printed.
 
     Raises:
-        ValueError, FileNotFoundError: for all that a user can mend.
+        ValueError, FileNotFoundError: for all that a user can fix.
     """
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
     if args.json and (args.json.is_dir() or not os.access(args.json.resolve().parent, os.W_OK)):
-        raise ValueError(f"--json {args.json}: a folder stands there, or its folder cannot be written; choose another")
+        reason = "a folder stands there" if args.json.is_dir() else "its folder is missing or read-only; make it first"
+        raise ValueError(f"cannot write --json {args.json}: {reason}, or choose another file")
     real, file = main_first(world, lambda: _open(args))
     for source in (real, file):
         if args.json and source:
@@ -103,7 +102,7 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
     kind, device = args.backend or "torch", resolve_device(args.device)
     backend = main_first(world, lambda: create_backend(kind, args.weights, features, device))
     manifold = file.count > 3 and (real is None or real.count > 0)  # precision takes 3 nearest neighbours
-    test, (first, end) = None, share(file.count)
+    test, (start, stop) = None, share(file.count)
     with warnings.catch_warnings(record=True) as caught:  # for the bundled reference _inspect has said the same
         warnings.simplefilter("always" if real else "ignore", SingularCovarianceWarning)
         if real is None:
@@ -116,27 +115,20 @@ def evaluate(args: argparse.Namespace, world: World) -> Scores:
                 raise ValueError(
                     f"{real.path} holds moments of {len(reference.mean)} features, {backend.name} has {size}"
                 )
-        batches, labels = file.batches(args.batch_size, first, end), None if real else class_labels(file)
-        scores = score_images(batches, reference, backend, manifold, end - first, labels, args.kid, args.bootstrap)
+        batches, labels = file.batches(args.batch_size, start, stop), None if real else class_labels(file)
+        scores = score_images(batches, reference, backend, manifold, stop - start, labels, args.kid, args.bootstrap)
     adm = {"precision_fp16": scores.precision, "recall_fp16": scores.recall}
     if not args.pr_fp16:
         scores, test = _exact(scores), test and _exact(test)
     if world.is_main:
         late = [str(entry.message) for entry in caught if issubclass(entry.category, SingularCovarianceWarning)]
-        _warn(late)
+        warn(*(f"warning: {message}" for message in late))
         protocol = "ADM (Dhariwal & Nichol 2021)"
         if backend.name != INCEPTION:
-            data = "" if real else "Fashion-MNIST, bundled: "
-            protocol = (
-                f"{data}ADM's scores in the features of a classifier, which compare with no scores in other features"
-            )
+            protocol = "ADM's scores in the features of a classifier, which compare with no scores in other features"
+            protocol = protocol if real else f"Fashion-MNIST, bundled: {protocol}"
         say(f"protocol: {protocol}", f"features: {backend.name} on {device}", *reference.origin)
-        needs = (
-            NEEDS
-            if real is None or real.count
-            else {k: v and "a reference that holds images" for k, v in NEEDS.items()}
-        )
-        say(*_lines(scores, test, needs))
+        say(*_lines(scores, test, "a reference that holds images" if real and not real.count else None))
         if args.json:
             about: dict[str, object] = {"protocol": protocol, "features": backend.name, "origin": reference.origin}
             about |= {"reference": str(real.path if real else fashion.REFERENCE), "samples": str(file.path)}
@@ -181,8 +173,8 @@ def _exact(scores: Scores) -> Scores:
     return replace(scores, precision=scores.precision_exact, recall=scores.recall_exact, errors=errors)
 
 
-def _lines(scores: Scores, test: Scores | None, needs: dict[str, str]) -> list[str]:
-    """The scores, each with that of real test images beside it, or with what it needs."""
+def _lines(scores: Scores, test: Scores | None, missing: str | None) -> list[str]:
+    """The scores, each with that of real test images beside it, or with what it needs: `missing`, or its own text."""
     lines = []
     for field, label in LABELS.items():
         value, real = getattr(scores, field), getattr(test, field, None)
@@ -191,8 +183,8 @@ def _lines(scores: Scores, test: Scores | None, needs: dict[str, str]) -> list[s
             lines.append(f"{label}: {value:.4f}{error}  ({test.count} real test images: {real:.4f})")
         elif value is not None:
             lines.append(f"{label}: {value}{error}")
-        elif needs[field]:
-            lines.append(f"{label}: not defined, it needs {needs[field]}")
+        elif NEEDS[field]:
+            lines.append(f"{label}: not defined, it needs {missing or NEEDS[field]}")
     return lines
 
 
@@ -211,13 +203,8 @@ def _inspect(reference: ImageSource | None, samples: ImageSource) -> list[str]:
     check_images(samples)
     labels, uneven = check_labels(samples)
     say(f"labels: {labels}")
-    _warn(found + uneven)
+    warn(*(f"warning: {message}" for message in found + uneven))
     return found + uneven
-
-
-def _warn(messages: list[str]) -> None:
-    for message in messages:
-        warn(f"warning: {message}")
 
 
 def self_test(scores: Scores) -> bool:

@@ -14,7 +14,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,18 +35,8 @@ from diffit.system.ranks import detect_world
 
 T = TypeVar("T")
 
-FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+_FASHION = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
+FASHION_CLASSES = tuple(_FASHION.split(", "))
 # Where Debian's dataset-fashion-mnist keeps the original files.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -72,12 +62,11 @@ class UnreadableImagesError(ValueError):
 
     def __init__(self, images: Sequence[Unreadable]) -> None:
         self.images = images
-        super().__init__(
-            f"cannot read {listing(images)}: fix or remove them, or leave them out with --data.skip_unreadable True"
-        )
+        super().__init__(images)  # and no text, so that it can be sent from a worker process
 
-    def __reduce__(self) -> tuple[type, tuple[Sequence[Unreadable]]]:
-        return type(self), (self.images,)  # as a worker process sends it
+    def __str__(self) -> str:
+        advice = "fix or remove them, or leave them out with --data.skip_unreadable True"
+        return f"cannot read {listing(self.images)}: {advice}"
 
 
 @dataclass(frozen=True)
@@ -123,21 +112,19 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
         source: of the pictures, at their own sizes.
         size: S; pictures are centre-cropped.
         channels: C.
-        kept: which of the source's pictures belong to it, ascending; all by default.
     """
 
     source: ImageFiles | ImageArrays
     size: int
     channels: int
-    kept: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.source)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """[N], known without decoding; all 0 where there are no classes."""
-        return self.source.labels if self.kept is None else self.source.labels[self.kept]
+        return self.source.labels
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -146,12 +133,12 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         """Raises UnreadableImagesError if the picture cannot be decoded."""
-        number = range(len(self))[index] if self.kept is None else int(self.kept[index])  # may raise IndexError
+        index = range(len(self))[index]  # may raise IndexError, which ends an iteration
         try:
-            image = square_pixels(self.source.picture(number), self.size, self.channels)
+            image = square_pixels(self.source.picture(index), self.size, self.channels)
         except Exception as error:  # a decoder raises anything over a damaged file
-            raise UnreadableImagesError([Unreadable(index, self.source.name(number), first_line(error))]) from error
-        return image, int(self.source.labels[number])
+            raise UnreadableImagesError([Unreadable(index, self.source.name(index), first_line(error))]) from error
+        return image, int(self.labels[index])
 
     def remarks(self) -> list[str]:
         """Which sizes and kinds the pictures have, and what is made of them, in lines."""
@@ -183,20 +170,23 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8], int]]):
                 unreadable += error.images
         return torch.cat(images), unreadable
 
-    def keep(self, indices: NDArray[np.int64]) -> ImageDataset:
-        """The data set of these images alone."""
-        return replace(self, kept=indices if self.kept is None else self.kept[indices])
-
 
 class PixelDataset(Dataset[tuple[Tensor, int]]):
-    """What a network of pixels learns from: key -> (x_start float32 [C, S, S] in [-1, 1], label)."""
+    """What a network of pixels learns from: key -> (x_start float32 [C, S, S] in [-1, 1], label).
 
-    def __init__(self, images: ImageDataset) -> None:
-        self.images, self.labels, self.class_names = images, images.labels, images.class_names
+    Args:
+        images: the data set.
+        left_out: those of its images that do not count, by index.
+    """
+
+    def __init__(self, images: ImageDataset, left_out: Sequence[int] = ()) -> None:
+        self.images, self.class_names = images, images.class_names
+        self.index = np.delete(np.arange(len(images)), left_out)
+        self.labels = images.labels[self.index]
         self.shape = (images.channels, images.size, images.size)  # of x_start
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        image, _ = self.images[key.image]
+        image, _ = self.images[int(self.index[key.image])]
         x_start = PixelCodec().encode(torch.from_numpy(image)[None])[0]  # [C, S, S]
         return x_start.flip(-1) if key.flip else x_start, int(self.labels[key.image])
 
@@ -242,9 +232,9 @@ def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[
     return found
 
 
-def worker_count(wanted: int) -> int:
-    """No more workers than this rank may use cores."""
-    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def worker_count(most: int) -> int:
+    """The number of worker processes: as many as this rank may use cores, at most `most`."""
+    return min(most, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def open_images(name: DataName, path: str | None, size: int, channels: int, train: bool = True) -> ImageDataset:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffit.codec import CodecConfig, VAECodec
-from diffit.data.config import EncodeConfig
+from diffit.data.config import EncodeConfig, ImagesConfig
 from diffit.data.datasets import ImageDataset, Unreadable, UnreadableImagesError, decode_ahead, listing, open_images
 from diffit.data.latent_cache import LABELS, MANIFEST, CacheSettings, LatentCache, Shard, open_cache, shard_is_whole
 from diffit.system import distributed
@@ -41,7 +41,7 @@ def encode(config: EncodeConfig) -> None:
     """Make, or go on making, the latent cache that a config describes, and print what it holds.
 
     Raises:
-        ValueError, FileNotFoundError: in one sentence, for everything that a user can mend.
+        ValueError, FileNotFoundError: in one sentence, for everything that a user can fix.
     """
     device, folder, data = resolve_device(config.device), Path(config.out).expanduser(), config.data
     set_matmul_precision("tf32")
@@ -53,14 +53,8 @@ def encode(config: EncodeConfig) -> None:
             codec = VAECodec(CodecConfig(config.vae), device)
             side, channels = config.image_size, codec.image_channels
             images = distributed.main_first(world, lambda: open_images(data.name, data.path, side, channels))
-            cache = encode_images(
-                *(images, codec, folder),
-                flip=config.flip,
-                workers=data.workers,
-                world=world,
-                skip_unreadable=data.skip_unreadable,
-                shard_size=config.shard_size,
-            )
+            flip, shard_size = config.flip, config.shard_size
+            cache = encode_images(images, codec, folder, data, flip=flip, world=world, shard_size=shard_size)
         if world.is_main:
             if config.verify:
                 cache.verify()
@@ -74,11 +68,10 @@ def encode_images(
     images: ImageDataset,
     codec: VAECodec,
     folder: Path,
+    config: ImagesConfig,
     *,
     flip: bool,
-    workers: int,
     world: World,
-    skip_unreadable: bool = False,
     shard_size: int = EncodeConfig.shard_size,
 ) -> LatentCache:
     """Write what is missing of the latent cache of a data set, every rank its share, and open it.
@@ -87,22 +80,33 @@ def encode_images(
         images: the data set, as large and of as many channels as the VAE is to see.
         codec: the VAE.
         folder: of the cache; what it holds of the same settings is kept.
+        config: how many workers decode, and whether unreadable images are left out or, once the rest is encoded, fatal.
         flip: store the moments of the mirror images too.
-        workers: processes that decode, per rank.
         world: the ranks that encode.
-        skip_unreadable: leave unreadable images out, rather than stop once the rest is encoded.
         shard_size: images of a shard.
 
     Raises:
         ValueError: if images are unreadable, the folder holds a cache of other settings, or cannot be written.
     """
-    making = _Making(folder, images, CacheSettings.of(images, codec, flip, shard_size))
+    settings = CacheSettings(
+        vae=codec.reference,
+        weights=codec.weights_hash(),
+        scaling_factor=codec.scaling_factor,
+        image_size=images.size,
+        channels=images.channels,
+        crop="centre crop of ADM",
+        flips=1 + flip,
+        data=images.source.fingerprint(),
+        num_images=len(images),
+        shard_size=shard_size,
+    )
+    making = _Making(folder, images, settings)
     advice = "free some space, or choose another folder, and run the same command again; finished shards are kept"
     with explained_write(f"latents to {folder}", advice), distributed.main_only(world, exclusive(folder)):
-        missing = distributed.on_main(world, lambda: making.prepare(skip_unreadable))
-        _write_shards(making, codec, missing[world.rank :: world.size], workers, show=world.is_main)
+        missing = distributed.on_main(world, lambda: making.prepare(config.skip_unreadable))
+        _write_shards(making, codec, missing[world.rank :: world.size], config.workers, show=world.is_main)
         distributed.barrier(world)
-        distributed.on_main(world, lambda: making.finish(skip_unreadable))
+        distributed.on_main(world, lambda: making.finish(config.skip_unreadable))
     cache = open_cache(folder)
     if cache.unreadable and world.is_main:
         warn(f"left out {listing(cache.unreadable)}")
@@ -112,9 +116,9 @@ def encode_images(
 @torch.inference_mode()
 def _write_shards(making: _Making, codec: VAECodec, numbers: list[int], workers: int, show: bool) -> None:
     """Make these shards. Memory holds one of them, in float16 [n, F, 2c, h, w]."""
-    images, flips = making.images, making.settings.flips
+    images, flips, shards = making.images, making.settings.flips, making.shards
     size = max(1, _BATCH_PIXELS // images.size**2)
-    batches = [(n, indices) for n in numbers for indices in _pieces(making.indices(n), size)]
+    batches = [(n, indices) for n in numbers for indices in _pieces(shards[n], size)]
     decoded = decode_ahead(images, [indices for _, indices in batches], workers)
     parts: list[Tensor] = []
     unreadable: list[Unreadable] = []
@@ -130,7 +134,7 @@ def _write_shards(making: _Making, codec: VAECodec, numbers: list[int], workers:
                         f"the VAE {codec.reference} gives moments beyond float16: it does not fit these images"
                     )
             bar.update(len(indices))
-            if indices[-1] == making.indices(number)[-1]:
+            if indices[-1] == shards[number][-1]:
                 making.write(number, torch.cat(parts) if parts else torch.empty(0, dtype=torch.float16), unreadable)
                 parts, unreadable = [], []
 
@@ -147,15 +151,15 @@ class _Making:
     images: ImageDataset
     settings: CacheSettings
 
-    def indices(self, number: int) -> range:
-        """The images of a shard."""
-        return _pieces(range(len(self.images)), self.settings.shard_size)[number]
+    @property
+    def shards(self) -> list[range]:
+        """The images of each shard."""
+        return _pieces(range(len(self.images)), self.settings.shard_size)
 
     @property
     def notes(self) -> list[Path]:
-        """What is known of each shard that was made."""
-        count = -(-len(self.images) // self.settings.shard_size)
-        return [self.folder / f"shard-{number:05d}.json" for number in range(count)]
+        """The file that describes each shard once it is written."""
+        return [self.folder / f"shard-{number:05d}.json" for number in range(len(self.shards))]
 
     def prepare(self, skip_unreadable: bool) -> list[int]:
         """Make the folder ready; returns the numbers of the shards to be made."""
@@ -182,20 +186,19 @@ class _Making:
         return missing
 
     def _check_settings(self) -> None:
-        wanted = asdict(self.settings)
+        settings = asdict(self.settings)
         for path in (self.folder / MANIFEST, self.folder / _SETTINGS):
             if path.exists():
                 try:
-                    found = json.loads(path.read_text())["settings"]
+                    stored = json.loads(path.read_text())["settings"]
                 except (ValueError, KeyError) as error:
                     raise ValueError(f"{path} is damaged: delete {self.folder} and encode again") from error
-                if {**found, "vae": ""} != {**wanted, "vae": ""}:  # its weights say which VAE it is
-                    raise ValueError(
-                        f"{self.folder} holds latents made with other settings ({difference(found, wanted)}): choose "
-                        "another folder, or delete that one"
-                    )
+                changes = difference(stored, settings)
+                if {**stored, "vae": ""} != {**settings, "vae": ""}:  # its weights say which VAE it is
+                    advice = "choose another folder, or delete that one"
+                    raise ValueError(f"{self.folder} holds latents made with other settings ({changes}): {advice}")
                 return
-        write_atomically(self.folder / _SETTINGS, json.dumps({"settings": wanted}).encode())
+        write_atomically(self.folder / _SETTINGS, json.dumps({"settings": settings}).encode())
 
     def write(self, number: int, moments: Tensor, unreadable: list[Unreadable]) -> None:
         """A shard, and then the note that says that it is there."""

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -105,13 +105,13 @@ class ImageFiles:
 
         most: how many are looked at, in ten runs of neighbours spread over all.
         """
-        found, run = [], -(-min(most, len(self)) // 10)
+        headers, run = [], -(-min(most, len(self)) // 10)
         starts = np.linspace(0, len(self) - run, 10).astype(int).tolist()
         for index in sorted({index for start in starts for index in range(start, start + run)}):
             with contextlib.suppress(Exception):  # whoever decodes it names it
                 picture = self.picture(index, decode=False)
-                found.append((*picture.size, 1 if is_grey(picture) else 3))
-        return found
+                headers.append((*picture.size, 1 if is_grey(picture) else 3))
+        return headers
 
     def channels(self) -> int:
         """3 if any picture has colours, by its header; else 1, which takes a look at all."""
@@ -208,19 +208,17 @@ def find_pictures(path: str | Path) -> ImageFiles:
             class_names, labels = _folder_classes(root, top, names, entries)
         else:
             class_names, labels = _edm_classes(f"{root}/{top}{_EDM_LABELS}", [n[len(top) :] for n in names], edm_labels)
-        files = ImageFiles(root, names, labels, class_names, ignored)
-        if archive is not None:
-            places = _places(root, [archive[name] for name in names])
-            files = replace(files, places=places, read=partial(_read_member, root))
-    elif ignored[".parquet"] and archive is None:
+        if archive is None:
+            return ImageFiles(root, names, labels, class_names, ignored)
+        places = _places(root, [archive[name] for name in names])
+        return ImageFiles(root, names, labels, class_names, ignored, places, partial(_read_member, root))
+    if ignored[".parquet"] and archive is None:
         from diffit.data.parquet import parquet_images  # which is a kind of what is here
 
-        tables = [entry for entry, suffix in suffixes.items() if suffix == ".parquet"]
-        files = parquet_images(root, tables, Counter({s: count for s, count in ignored.items() if s != ".parquet"}))
-    else:
-        others = f" (only {_counts(ignored)})" if ignored else ""
-        raise ValueError(f"{root} holds no images{others}: name a folder or a ZIP of images")
-    return files
+        del ignored[".parquet"]
+        return parquet_images(root, [entry for entry, suffix in suffixes.items() if suffix == ".parquet"], ignored)
+    others = f" (only {_counts(ignored)})" if ignored else ""
+    raise ValueError(f"{root} holds no images{others}: name a folder or a ZIP of images")
 
 
 def _counts(ignored: Counter[str]) -> str:
@@ -313,7 +311,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise ValueError(f"cannot read the folder {error.filename} ({error.strerror}): mend its permissions") from error
+    raise ValueError(f"cannot read the folder {error.filename} ({error.strerror}): fix its permissions") from error
 
 
 def _archive(path: Path) -> dict[str, zipfile.ZipInfo]:

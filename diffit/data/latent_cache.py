@@ -15,6 +15,7 @@ Letters: N images of the set, n of a shard, F flips (1 or 2), c latent channels,
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffit.codec import VAECodec, draw_latents
-from diffit.data.datasets import ImageDataset, Unreadable
+from diffit.data.datasets import Unreadable
 from diffit.data.sampler import Key
 from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.system.console import progress
@@ -51,22 +52,6 @@ class CacheSettings:
     num_images: int  # of the data set, with those that turn out unreadable
     shard_size: int
     format: int = 1
-
-    @classmethod
-    def of(cls, images: ImageDataset, codec: VAECodec, flip: bool, shard_size: int) -> CacheSettings:
-        """Those of a data set and a VAE."""
-        return cls(
-            vae=codec.reference,
-            weights=codec.weights_hash(),
-            scaling_factor=codec.scaling_factor,
-            image_size=images.size,
-            channels=images.channels,
-            crop="centre crop of ADM",
-            flips=1 + flip,
-            data=images.source.fingerprint(),
-            num_images=len(images),
-            shard_size=shard_size,
-        )
 
 
 @dataclass(frozen=True)
@@ -132,10 +117,6 @@ class LatentCache:
         """The number of the image that follows each shard."""
         return np.cumsum([shard.count for shard in self.shards])
 
-    def load(self) -> Tensor:
-        """All moments, float16 [N, F, 2c, h, w]."""
-        return torch.cat([torch.from_numpy(np.load(self.folder / shard.file)) for shard in self.shards if shard.count])
-
     def verify(self) -> None:
         """Read every shard and compare its checksum.
 
@@ -145,10 +126,8 @@ class LatentCache:
         shards = progress(self.shards, "checking shards", unit="shard")
         damaged = [shard.file for shard in shards if sha256(self.folder / shard.file) != shard.sha256]
         if damaged:
-            raise ValueError(
-                f"{len(damaged)} of {len(self.shards)} shards in {self.folder} are damaged ({', '.join(damaged[:5])}"
-                f"{', ...' if len(damaged) > 5 else ''}): delete them and encode again, only they are made anew"
-            )
+            what = f"{len(damaged)} of {len(self.shards)} shards in {self.folder} are damaged"
+            raise ValueError(f"{what} ({_first(damaged)}): delete them and encode again, only they are made anew")
 
     def check(self, codec: VAECodec, image_size: int, flip: bool) -> None:
         """Make sure that a run can learn from this cache.
@@ -217,12 +196,15 @@ def open_cache(folder: Path) -> LatentCache:
     if not (folder / LABELS).exists() or sha256(folder / LABELS) != labels_hash:
         wrong.append(LABELS)
     if wrong:
-        raise ValueError(
-            f"{len(wrong)} files of the latent cache {folder} are missing or damaged ({', '.join(wrong[:5])}"
-            f"{', ...' if len(wrong) > 5 else ''}): encode again, only they are made anew"
-        )
+        what = f"{len(wrong)} files of the latent cache {folder} are missing or damaged"
+        raise ValueError(f"{what} ({_first(wrong)}): encode again, only they are made anew")
     labels = np.load(folder / LABELS)
     return LatentCache(folder, settings, (channels, height, width), class_names, labels, shards)
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first five names."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def shard_is_whole(folder: Path, shard: Shard) -> bool:

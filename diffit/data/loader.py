@@ -26,6 +26,7 @@ from diffit.codec import Codec, PixelCodec, VAECodec
 from diffit.data.augment import augment, draw_augmentation
 from diffit.data.config import DataConfig
 from diffit.data.datasets import (
+    ImageDataset,
     PixelDataset,
     Unreadable,
     UnreadableImagesError,
@@ -180,11 +181,9 @@ def open_training_set(
         unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers, run_dir))
         if unreadable and (not config.skip_unreadable or len(unreadable) == len(images)):
             raise UnreadableImagesError(unreadable)
-        if unreadable:
-            if world.is_main:
-                warn(f"left out {listing(unreadable)}")
-            images = images.keep(np.delete(np.arange(len(images)), [image.index for image in unreadable]))
-        return _in_class_order(PixelDataset(images), run_dir)
+        if unreadable and world.is_main:
+            warn(f"left out {listing(unreadable)}")
+        return _in_class_order(PixelDataset(images, [image.index for image in unreadable]), run_dir)
     folder = Path(config.cache).expanduser() if config.cache else run_dir / "cache"
     latents = _latents(config, codec, image_size, folder, world)
     latents.check(codec, image_size, config.flip)
@@ -208,26 +207,23 @@ def _in_class_order(data: TrainingSet, run_dir: Path) -> TrainingSet:
 
 def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path, world: World) -> LatentCache:
     """A finished cache, if it is of the data set that the config names or if that is not there; else one is made."""
-    channels = codec.image_channels
-    if distributed.on_main(world, (folder / MANIFEST).exists):
-        cache = open_cache(folder)
 
-        def fits() -> bool:
-            if config.name == "folder" and not (config.path and Path(config.path).expanduser().exists()):
-                if config.path:  # of a recipe, say: a finished cache needs no images
-                    say(f"there are no images at {config.path}: the latents in {folder} are taken as theirs")
-                return True
-            images = open_images(config.name, config.path, image_size, channels)
-            return images.source.fingerprint() == cache.settings.data
+    def images() -> ImageDataset:
+        return open_images(config.name, config.path, image_size, codec.image_channels)
 
-        if not distributed.on_main(world, fits):
-            raise ValueError(f"the latents in {folder} are of other images: choose another --data.cache or --run_dir")
-        return cache
-    images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
-    return encode_images(
-        *(images, codec, folder),
-        flip=config.flip,
-        workers=config.workers,
-        world=world,
-        skip_unreadable=config.skip_unreadable,
-    )
+    if not distributed.on_main(world, (folder / MANIFEST).exists):
+        return encode_images(
+            distributed.main_first(world, images), codec, folder, config, flip=config.flip, world=world
+        )
+    cache = open_cache(folder)
+
+    def fits() -> bool:
+        if config.name == "folder" and not (config.path and Path(config.path).expanduser().exists()):
+            if config.path:  # of a recipe, say: a finished cache needs no images
+                say(f"there are no images at {config.path}: the latents in {folder} are taken as theirs")
+            return True
+        return images().source.fingerprint() == cache.settings.data
+
+    if not distributed.on_main(world, fits):
+        raise ValueError(f"the latents in {folder} are of other images: choose another --data.cache or --run_dir")
+    return cache

@@ -20,7 +20,7 @@ from diffit.diffusion.noise import RandomStream, keyed_generator
 
 
 class Key(NamedTuple):
-    """What a training set is asked for: the number of an image, mirrored or not, as the `seen`-th image of the run."""
+    """The number of an image in its training set, mirrored or not, as the `seen`-th image of the run."""
 
     image: int
     flip: bool
@@ -35,7 +35,7 @@ class BatchSampler(Sampler[list[Key]]):
         num_images: N.
         batch_size: B.
         seed: of order and flips.
-        flip: mirror every other image, at random.
+        flip: mirror each image with probability 1/2.
         steps: the steps to come, counted from 0 of the whole run.
         rank, world_size: this rank takes the rank-th of world_size equal, consecutive parts of every batch.
     """

@@ -52,11 +52,10 @@ def cached(name: str) -> Path:
                 urllib.request.urlopen(url, timeout=30) as answer,
                 open_atomically(path) as file,
             ):
-                size = int(answer.headers.get("Content-Length") or 0)
-                with progress(title=name, total=size or None, unit="B", unit_scale=True) as bar:
+                with progress(title=name, total=answer.length, unit="B", unit_scale=True) as bar:
                     shutil.copyfileobj(CallbackIOWrapper(bar.update, answer, "read"), file)
-                if size and file.tell() != size:
-                    raise urllib.error.URLError(f"connection closed after {file.tell()} of {size} bytes")
+                if answer.length:  # what was announced and did not come
+                    raise urllib.error.URLError(f"the connection closed {answer.length} bytes before the end")
         except OSError as error:  # URLError is one
             reason = getattr(error, "reason", error)
             raise FileNotFoundError(

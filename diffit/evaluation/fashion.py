@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from diffit.checkpoint.resolve import BUNDLED
 from diffit.data.datasets import FASHION_CLASSES
@@ -28,27 +29,14 @@ REFERENCE = CLASSIFIER.with_name("fashion_reference.npz")
 FEATURES = f"{__name__}:{CLASSIFIER}"  # as --features names it
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
-
-
 class FashionClassifier(nn.Module):
     """Grey images [B, 1, 32, 32] in [-1, 1] -> logits [B, 10]; 0.29 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            _convolution(1, 32),
-            _convolution(32, 32),
-            _convolution(32, 64, stride=2),
-            _convolution(64, 64),
-            _convolution(64, 128, stride=2),
-            _convolution(128, 128),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
+        shapes = ((1, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))  # channels and stride
+        blocks = [Conv2dNormActivation(inputs, outputs, 3, stride) for inputs, outputs, stride in shapes]
+        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +80,7 @@ def drawn_by_fashion_model(samples: Path) -> bool:
 
 
 def bundled_reference(backend: Backend) -> Reference:
-    """Moments of the 60,000 training images, and the features of 10,000 of them.
+    """Moments of the 60,000 training images, and features of 10,000 of them.
 
     Raises:
         ValueError: if they are not of the backend's features.

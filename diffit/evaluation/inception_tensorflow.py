@@ -44,10 +44,8 @@ def load_features(path: Path, device: device) -> Callable[[Tensor], list[NDArray
             'of the script under `if __name__ == "__main__":` (if it is there, see TensorFlow\'s own message above)'
         ) from error
     except ModuleNotFoundError:
-        worker.shutdown()
         raise
     except Exception as error:  # whatever TensorFlow raises for a graph that it cannot read
-        worker.shutdown()
         raise ValueError(f"{path} is not the Inception graph of 2015 ({error}): fetch it again") from error
     return lambda images: worker.submit(_run, images.cpu().numpy()).result()
 

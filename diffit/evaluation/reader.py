@@ -49,9 +49,9 @@ class ImageFile:
         with self._damage_named(), zipfile.ZipFile(self.path) as archive:
             self.keys = tuple(name.removesuffix(".npy") for name in archive.namelist())
         self.count, self.image_shape = 0, (0, 0, 0)
-        if set(self.keys) >= {"mu", "sigma"} and "arr_0" not in self.keys:
-            return
         if "arr_0" not in self.keys:
+            if set(self.keys) >= {"mu", "sigma"}:
+                return
             found = ", ".join(self.keys[:5]) + ", ..." * (len(self.keys) > 5) or "nothing"
             raise ValueError(
                 f"{self.path} holds no array 'arr_0' (it holds {found}): save images [N, H, W, C] as arr_0"
@@ -100,8 +100,8 @@ class ImageFile:
     def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
         """The images' data as a stream, with its shape and type."""
         with self._damage_named(), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            major, _ = np.lib.format.read_magic(stream)
+            header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = header(stream)
             if fortran_order and len(shape) > 1:
                 raise ValueError(f"{self.path}: 'arr_0' is stored in Fortran order; save np.ascontiguousarray of it")
@@ -121,17 +121,16 @@ class ImageFile:
             if not count or dtype.kind not in "biuf":
                 return ", but uint8 in 0..255 is needed"
             values = np.frombuffer(stream.read(count * int(np.prod(shape[1:])) * dtype.itemsize), dtype)
-        bad = int((~np.isfinite(values)).sum())
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+        advice = "convert them by x.round().astype(np.uint8)"
         if high <= 1:
             formula = "(x + 1) * 127.5" if low < 0 else "x * 255"
             advice = f"convert them by ({formula}).round().clip(0, 255).astype(np.uint8)"
-        elif low >= 0 and high <= 255:
-            advice = "convert them by x.round().astype(np.uint8)"
-        else:
-            advice = "bring them to 0..255, and convert them by x.round().astype(np.uint8)"
+        elif low < 0 or high > 255:
+            advice = f"bring them to 0..255, and {advice}"
         span = f" between {low:g} and {high:g}" if len(finite) else ""
+        bad = len(values) - len(finite)
         damage = f", {bad} of the first {len(values)} values NaN or infinite" if bad else ""
         return f"{span}{damage}, but uint8 in 0..255 is needed; {advice}"
 
@@ -168,7 +167,7 @@ class PictureFiles:
         self.path, self.count, self._source, self._size = path, len(source), source, image_size or None
         self._labels = source.labels if isinstance(source, ImageFiles) and source.class_names else None
         self.keys = ("arr_0",) if self._labels is None else ("arr_0", "arr_1")
-        self._channels = 1 if all(self._read(index, self._is_grey) for index in range(self.count)) else 3
+        self._channels = 1 if all(self._read(index, is_grey, decode=False) for index in range(self.count)) else 3
         self.image_shape = self._read(0, self._pixels).shape
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Images]:
@@ -189,18 +188,15 @@ class PictureFiles:
         """The labels [N] as arr_1, if there are classes; see `ImageFile.array`."""
         return self._labels if name == "arr_1" else None
 
-    def _read(self, index: int, function: Callable[[int], T]) -> T:
+    def _read(self, index: int, function: Callable[[Image.Image], T], decode: bool = True) -> T:
         try:
-            return function(index)
+            return function(self._source.picture(index, decode))
         except Exception as error:  # a decoder raises anything over a damaged file
             name = self._source.name(index)
             raise ValueError(f"cannot read {name} ({first_line(error)}): fix or remove it") from error
 
-    def _is_grey(self, index: int) -> bool:
-        return is_grey(self._source.picture(index, decode=False))
-
-    def _pixels(self, index: int) -> Images:
-        return square_pixels(self._source.picture(index), self._size, self._channels)
+    def _pixels(self, picture: Image.Image) -> Images:
+        return square_pixels(picture, self._size, self._channels)
 
 
 ImageSource = ImageFile | PictureFiles

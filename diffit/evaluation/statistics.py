@@ -90,20 +90,16 @@ def _square_root(sigma: Floats, name: str) -> Floats:
             f"the covariance of the {name} is not symmetric and positive: its file is damaged, make it again"
         )
     if values[0] < -1e-6 * values[-1]:
-        warnings.warn(
-            f"the covariance of the {name} has negative eigenvalues, as after rounding to 16 bits: they are taken as 0",
-            SingularCovarianceWarning,
-            stacklevel=2,
-        )
+        problem = "has negative eigenvalues, as after rounding to 16 bits: they are taken as 0"
+        warnings.warn(f"the covariance of the {name} {problem}", SingularCovarianceWarning, stacklevel=2)
         values, vectors = scipy.linalg.eigh(sigma)
         return vectors * np.sqrt(values.clip(min=0))
     if rank < len(sigma):
-        warnings.warn(
-            f"the covariance of the {name} has rank {rank} of {len(sigma)}: with fewer samples than features (or with "
-            "features that never change) the Fréchet distance is biased upwards and compares only at equal counts",
-            SingularCovarianceWarning,
-            stacklevel=2,
+        problem = (
+            f"has rank {rank} of {len(sigma)}: with fewer samples than features (or with features that never change) "
+            "the Fréchet distance is biased upwards and compares only at equal counts"
         )
+        warnings.warn(f"the covariance of the {name} {problem}", SingularCovarianceWarning, stacklevel=2)
     root = np.empty((len(sigma), rank))
     root[pivots - 1] = np.tril(factor)[:, :rank]
     return root

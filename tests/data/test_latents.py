@@ -13,7 +13,7 @@ import torch
 
 from diffit.cli.encode import main
 from diffit.codec import CodecConfig, VAECodec
-from diffit.data.config import DataConfig
+from diffit.data.config import DataConfig, ImagesConfig
 from diffit.data.datasets import UnreadableImagesError, open_images
 from diffit.data.encode import encode_images
 from diffit.data.latent_cache import MANIFEST, LatentDataset, open_cache
@@ -56,10 +56,14 @@ def cache(folder, pictures, codec):
     return encode(open_images("folder", str(pictures), 16, 3), codec, folder / "cache")
 
 
-def encode(images, codec, folder, **settings):
-    return encode_images(
-        images, codec, folder, **{"flip": True, "workers": 0, "world": World(), "shard_size": 4} | settings
-    )
+def encode(images, codec, folder, flip=True, world=None, **settings):
+    config = ImagesConfig(**{"workers": 0} | settings)
+    return encode_images(images, codec, folder, config, flip=flip, world=world or World(), shard_size=4)
+
+
+def load(cache):
+    """All moments, [N, F, 2c, h, w]."""
+    return torch.cat([torch.from_numpy(np.load(cache.folder / shard.file)) for shard in cache.shards if shard.count])
 
 
 def command(pictures, vae, out, *more):
@@ -84,7 +88,7 @@ def contents(folder):
 def test_moments_are_the_vaes(cache, codec, pictures):
     """Within float16's half unit in the last place of what the VAE says of each image and its mirror image."""
     images = open_images("folder", str(pictures), 16, 3)
-    stored = cache.load()
+    stored = load(cache)
     assert stored.shape == (11, 2, 8, 8, 8)
     for index in range(11):
         pixels = torch.from_numpy(images[index][0])[None]
@@ -113,7 +117,7 @@ def test_draws_are_from_the_posterior(cache, codec):
     """latents = (mean + deviation * noise) * factor, with the noise of the image seen; whichever rank and worker."""
     keys = BatchSampler(11, 6, seed=2, flip=True, steps=range(4), rank=1, world_size=2)
     batches = NoisyBatches(LatentDataset(cache, codec, 2), 2, create_diffusion(), 2, 0.1)
-    stored = cache.load().float()
+    stored = load(cache).float()
     for workers in (0, 2):
         for step, batch in enumerate(training_batches(batches, keys, workers, CPU)):
             expected = []
@@ -198,7 +202,7 @@ def test_other_caches_are_refused(cache, codec, pictures, tmp_path):
         cache.check(codec, 32, flip=True)
     images = open_images("folder", str(pictures), 16, 3)
     plain = encode(images, codec, tmp_path / "plain", flip=False)
-    assert plain.load().shape == (11, 1, 8, 8, 8)
+    assert load(plain).shape == (11, 1, 8, 8, 8)
     plain.check(codec, 16, flip=False)
     with pytest.raises(ValueError, match=r"hold no mirror images: add --data\.flip False"):
         plain.check(codec, 16, flip=True)
@@ -227,8 +231,8 @@ def test_unreadable_images_are_named_then_left_out_if_asked(codec, tmp_path):
     whole = write_pictures(tmp_path / "whole", CLASSES)
     (whole / "cat" / "001.png").unlink()
     (whole / "dog" / "004.png").unlink()
-    expected = encode(open_images("folder", str(whole), 16, 3), codec, tmp_path / "expected").load().float()
-    torch.testing.assert_close(cache.load().float(), expected, rtol=1e-3, atol=1e-3)
+    expected = load(encode(open_images("folder", str(whole), 16, 3), codec, tmp_path / "expected")).float()
+    torch.testing.assert_close(load(cache).float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_mended_images_are_encoded(cache, codec, pictures, tmp_path):
