@@ -1,4 +1,4 @@
-"""The augmentation of EDM, which does not leak into samples: the network is told what was done to each image.
+"""The augmentation of EDM. What was done to each image conditions the network, so that samples stay free of it.
 
 Every transform but the flips is part of one affine map, and the image is resampled once:
 
@@ -45,7 +45,7 @@ class Augmentation:
     y_shift: Tensor  # in eighths of the height
 
     def labels(self) -> Tensor:
-        """What the network is told, float32 [B, 9]."""
+        """The network's condition `augment_labels`, float32 [B, 9]."""
         columns = [self.x_flip, self.y_flip, self.scale, self.rotation.cos() - 1, self.rotation.sin()]
         columns += [self.stretch * self.axis.cos(), self.stretch * self.axis.sin(), self.x_shift, self.y_shift]
         return torch.stack(columns, dim=1).float()  # [B, 9]

@@ -142,8 +142,8 @@ class LatentCache:
                 f"({weights[:12]}): set --codec.vae to that one, or"
             )
         elif made.image_size != image_size:
-            size, wanted = f"{made.image_size}x{made.image_size}", f"{image_size}x{image_size}"
-            wrong = f"are of images of {size}, but the network wants {wanted}:"
+            side = made.image_size
+            wrong = f"are of images of {side}x{side}, but the network wants {image_size}x{image_size}:"
         elif flip and made.flips == 1:
             wrong = "hold no mirror images: add --data.flip False, or"
         else:

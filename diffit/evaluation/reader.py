@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from diffit.data.files import ImageFiles, image_files, is_grey, square_pixels
 from diffit.system.files import first_line
 
 Images = NDArray[np.uint8]
-T = TypeVar("T")
 
 
 class ImageFile:
@@ -147,8 +146,11 @@ class ListedImages:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def picture(self, index: int, decode: bool = True) -> Image.Image:
+    def picture(self, index: int) -> Image.Image:
         return self.items[index][0]
+
+    def channels(self) -> int:
+        return 1 if all(is_grey(picture) for picture, _ in self.items) else 3
 
 
 class PictureFiles:
@@ -167,14 +169,14 @@ class PictureFiles:
         self.path, self.count, self._source, self._size = path, len(source), source, image_size or None
         self._labels = source.labels if isinstance(source, ImageFiles) and source.class_names else None
         self.keys = ("arr_0",) if self._labels is None else ("arr_0", "arr_1")
-        self._channels = 1 if all(self._read(index, is_grey, decode=False) for index in range(self.count)) else 3
-        self.image_shape = self._read(0, self._pixels).shape
+        self._channels = source.channels()
+        self.image_shape = self._pixels(0).shape
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Images]:
         """See `ImageFile.batches`."""
         stop = self.count if stop is None else stop
         for first in range(start, stop, size):
-            batch = [self._read(index, self._pixels) for index in range(first, min(first + size, stop))]
+            batch = [self._pixels(index) for index in range(first, min(first + size, stop))]
             for index, image in enumerate(batch, first):
                 if image.shape != self.image_shape:
                     shapes = ["x".join(map(str, shape)) for shape in (image.shape, self.image_shape)]
@@ -188,15 +190,12 @@ class PictureFiles:
         """The labels [N] as arr_1, if there are classes; see `ImageFile.array`."""
         return self._labels if name == "arr_1" else None
 
-    def _read(self, index: int, function: Callable[[Image.Image], T], decode: bool = True) -> T:
+    def _pixels(self, index: int) -> Images:
         try:
-            return function(self._source.picture(index, decode))
+            return square_pixels(self._source.picture(index), self._size, self._channels)
         except Exception as error:  # a decoder raises anything over a damaged file
             name = self._source.name(index)
             raise ValueError(f"cannot read {name} ({first_line(error)}): fix or remove it") from error
-
-    def _pixels(self, picture: Image.Image) -> Images:
-        return square_pixels(picture, self._size, self._channels)
 
 
 ImageSource = ImageFile | PictureFiles

@@ -160,7 +160,7 @@ def score_images(
     """
     found = collect(batches, backend, total, "sample features")
     names, show = ("reference", "samples"), total is not None
-    asked = None if labels is None else np.asarray(labels)
+    targets = None if labels is None else np.asarray(labels)
     if (manifold or kid) and reference.pool is None:
         raise ValueError("the reference was loaded without its images' features: load it with manifold=True")
 
@@ -170,8 +170,8 @@ def score_images(
         scores = {"fid": frechet_distance(reference.mean, reference.covariance, mean, covariance, names)}
         if probabilities.shape[1]:
             scores["inception_score"] = inception_score(probabilities)
-        if asked is not None:
-            scores["accuracy"] = accuracy(probabilities, asked[chosen])
+        if targets is not None:
+            scores["accuracy"] = accuracy(probabilities, targets[chosen])
         if manifold or kid:
             real, pool = (torch.from_numpy(part).to(backend.device) for part in (reference.pool, found.pool[chosen]))
         if kid:
