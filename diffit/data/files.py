@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffit.system.console import say, warn
-from diffit.system.files import first_line
+from diffit.system.files import first_few, first_line
 from diffit.system.ranks import detect_world
 
 # What people keep pictures in, the same on every machine. Where Pillow has no decoder (for HEIC and JPEG XL anywhere,
@@ -73,8 +73,8 @@ class ImageFiles:
 
     def __str__(self) -> str:
         """One line: how many pictures, in which classes, and what was left out."""
-        shown, more = ", ".join(self.class_names[:10]), ", ..." * (len(self.class_names) > 10)
-        classes = f"classes: {len(self.class_names)} ({shown}{more})" if self.class_names else "no classes"
+        names = self.class_names
+        classes = f"classes: {len(names)} ({first_few(names, 10)})" if names else "no classes"
         left_out = f"; left out: {_counts(self.ignored)}" if self.ignored else ""
         return f"images in {self.root}: {len(self)}; {classes}{left_out}"
 
@@ -223,8 +223,7 @@ def find_pictures(path: str | Path) -> ImageFiles:
 
 def _counts(ignored: Counter[str]) -> str:
     """How many files of each suffix, the five most frequent."""
-    shown = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(5))
-    return shown + ", ..." * (len(ignored) > 5)
+    return first_few([f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common()])
 
 
 def _folder_classes(

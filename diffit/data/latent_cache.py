@@ -15,7 +15,6 @@ Letters: N images of the set, n of a shard, F flips (1 or 2), c latent channels,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ from diffit.data.datasets import Unreadable
 from diffit.data.sampler import Key
 from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.system.console import progress
-from diffit.system.files import sha256
+from diffit.system.files import first_few, sha256
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 
@@ -127,7 +126,7 @@ class LatentCache:
         damaged = [shard.file for shard in shards if sha256(self.folder / shard.file) != shard.sha256]
         if damaged:
             what = f"{len(damaged)} of {len(self.shards)} shards in {self.folder} are damaged"
-            raise ValueError(f"{what} ({_first(damaged)}): delete them and encode again, only they are made anew")
+            raise ValueError(f"{what} ({first_few(damaged)}): delete them and encode again, only they are made anew")
 
     def check(self, codec: VAECodec, image_size: int, flip: bool) -> None:
         """Make sure that a run can learn from this cache.
@@ -197,14 +196,9 @@ def open_cache(folder: Path) -> LatentCache:
         wrong.append(LABELS)
     if wrong:
         what = f"{len(wrong)} files of the latent cache {folder} are missing or damaged"
-        raise ValueError(f"{what} ({_first(wrong)}): encode again, only they are made anew")
+        raise ValueError(f"{what} ({first_few(wrong)}): encode again, only they are made anew")
     labels = np.load(folder / LABELS)
     return LatentCache(folder, settings, (channels, height, width), class_names, labels, shards)
-
-
-def _first(names: Sequence[str]) -> str:
-    """The first five names."""
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def shard_is_whole(folder: Path, shard: Shard) -> bool:

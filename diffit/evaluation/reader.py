@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffit.data.files import ImageFiles, image_files, is_grey, square_pixels
-from diffit.system.files import first_line
+from diffit.system.files import first_few, first_line
 
 Images = NDArray[np.uint8]
 
@@ -51,7 +51,7 @@ class ImageFile:
         if "arr_0" not in self.keys:
             if set(self.keys) >= {"mu", "sigma"}:
                 return
-            found = ", ".join(self.keys[:5]) + ", ..." * (len(self.keys) > 5) or "nothing"
+            found = first_few(self.keys) or "nothing"
             raise ValueError(
                 f"{self.path} holds no array 'arr_0' (it holds {found}): save images [N, H, W, C] as arr_0"
             )

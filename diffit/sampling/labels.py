@@ -10,6 +10,7 @@ from timm.data import ImageNetInfo
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.data.files import are_numbers
+from diffit.system.files import first_few
 
 
 def class_names(config: CheckpointConfig) -> Sequence[str]:
@@ -58,8 +59,7 @@ def resolve_labels(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
             listed = ", ".join(map(str, numbers))
             raise ValueError(f"the name '{label}' means the classes {listed}: give one of these numbers")
         if not numbers or not 0 <= numbers[0] < len(names):
-            shown = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
-            choices = f"{'' if by_name else f'a number from 0 to {len(names) - 1} or '}one of {shown}"
+            choices = f"{'' if by_name else f'a number from 0 to {len(names) - 1} or '}one of {first_few(names, 10)}"
             raise ValueError(f"there is no class '{label}': choose {choices}")
         resolved += numbers
     return resolved

@@ -13,7 +13,7 @@ import re
 import socket
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -184,6 +184,11 @@ def difference(
         elif a != b:
             parts.append(f"{prefix}{key}: {a}, now {b}")
     return "; ".join(part for part in parts if part)
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Names for a sentence: as many as `most`, and dots if there are more."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 def first_line(error: BaseException) -> str:
