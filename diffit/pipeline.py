@@ -95,6 +95,7 @@ class DiffiTPipeline(DiffusionPipeline):
         *,
         num_images: int | None = None,
         sampler: str | None = None,
+        guide: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         **others: Any,
@@ -103,7 +104,8 @@ class DiffiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: numbers or names of classes, one an image; drawn at random by default.
-            num_inference_steps, guidance_scale, sampler: num_sampling_steps, cfg_scale, sampler of `sample_images`.
+            num_inference_steps, guidance_scale, sampler, guide: num_sampling_steps, cfg_scale, sampler, guide of
+                `sample_images`.
             seed: image i depends on (seed, i) and the settings alone.
             output_type: "pil" (a list of pictures), "np" (float32 [N, H, W, C] in 0..1), "pt" (the same as a tensor
                 [N, C, H, W] on the pipeline's device) or "latent" (what the network sees, float32 [N, c, h, w]).
@@ -130,7 +132,7 @@ class DiffiTPipeline(DiffusionPipeline):
         if self.transformer.training:
             raise ValueError("the network is in training mode: call pipeline.transformer.eval() first")
         classes = resolve_labels(labels, class_names(self._settings))
-        config = changed(self._settings, sampler, num_inference_steps, guidance_scale)
+        config = changed(self._settings, sampler, num_inference_steps, guidance_scale, guide=guide)
         device, dtype = self._execution_device, self.transformer.dtype
         codec = create_codec(config.codec, device, vae=self.vae)
         pictures = ImageSampler.create(self.transformer, config, device, codec=codec)

@@ -31,6 +31,7 @@ from plots import new_figure, save_figure
 from scoring import open_reference, score
 
 from diffit import ImageSampler
+from diffit.checkpoint.resolve import find_guide
 from diffit.checkpoint.weights import load_weights
 from diffit.cli.run import one_sentence
 from diffit.cli.sample import parse_sample
@@ -71,7 +72,8 @@ def sweep(args: argparse.Namespace, flags: Sequence[str]) -> list[Row]:
     backend, reference = open_reference(device, args.reference, args.features)
     args.out.mkdir(parents=True, exist_ok=True)
     for row, arguments, task in zip(rows, given, tasks, strict=True):
-        key = f"{shlex.join(arguments)} # weights {task.source.sha256()[:12]}"
+        key, guide = f"{shlex.join(arguments)} # weights {task.source.sha256()[:12]}", find_guide(task.resolved)
+        key += f", guide {guide[0].sha256()[:12]}" if guide else ""
         if key not in kept["rows"]:
             network = read(task.source.fetch(), task.checkpoint).requires_grad_(False)
             pictures = ImageSampler.create(network, task.resolved, device)

@@ -127,6 +127,34 @@ def find_checkpoint(
     return source, config
 
 
+def find_guide(config: CheckpointConfig) -> tuple[Source, CheckpointConfig] | None:
+    """The network of autoguidance that a config names; None without one.
+
+    Raises:
+        ValueError: as `find_checkpoint`, or if it is of another process, image size or set of classes.
+    """
+    if config.guidance.guide is None:
+        return None
+    source, guide = find_checkpoint(path=config.guidance.guide, door="--guidance.guide")
+
+    named = config.class_names and guide.class_names
+
+    def nature(known: CheckpointConfig) -> dict[str, Any]:
+        network = known.network
+        sizes = {"channels": network.in_channels, "input size": network.input_size, "image size": known.image_size}
+        classes = {"classes": network.num_classes, "class names": known.class_names if named else ()}
+        return {"process": known.process_config} | sizes | classes
+
+    own, other = nature(config), nature(guide)
+    for what in own:
+        if own[what] != other[what]:
+            raise ValueError(
+                f"--guidance.guide {source} does not fit {config.model} ({what}: {other[what]}, not {own[what]}): give "
+                "weights that were trained for the same process and data"
+            )
+    return source, guide
+
+
 def _on_disk(path: Path) -> tuple[Path, CheckpointConfig | None]:
     """The file or folder that holds the weights of what exists, and its config if it has one."""
     if (path / PIPELINE_FILE).is_file():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.resolve import Source, find_checkpoint
+from diffit.checkpoint.resolve import Source, find_checkpoint, find_guide
 from diffit.cli.parser import build, given_arguments, parse
 from diffit.cli.run import one_sentence
 from diffit.cli.settings import Command, yaml_lines
@@ -59,7 +59,9 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleTask:
         recommended["guidance.skip_below"] = SKIP_BELOW
     config = build(SampleConfig, recommended | given)
     _check(config, source, checkpoint)
-    return SampleTask(config, source, checkpoint)
+    task = SampleTask(config, source, checkpoint)
+    find_guide(task.resolved)
+    return task
 
 
 def _check(config: SampleConfig, source: Source, checkpoint: CheckpointConfig) -> None:

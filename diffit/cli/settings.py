@@ -140,6 +140,6 @@ def yaml_lines(config: ProcessSettings, num_classes: int) -> list[str]:
     for name in ("evaluation", "validation"):
         if not tree.get(name, {"every": 1})["every"]:
             del tree[name]
-    if not num_classes:  # there is no class to guide to
+    if not num_classes and config.guidance.guide is None:  # there is no class to guide to
         del tree["guidance"]
     return yaml.safe_dump(tree, sort_keys=False).splitlines()

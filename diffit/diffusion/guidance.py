@@ -1,4 +1,7 @@
-"""Classifier-free guidance: eps = eps_null + w(t) (eps_label - eps_null).
+"""Guidance: eps = eps_worse + w(t) (eps_label - eps_worse).
+
+Worse is the prediction without a label (classifier-free guidance), or that of a worse network with it (autoguidance;
+Karras et al. 2024, 'Guiding a Diffusion Model with a Bad Version of Itself').
 
 Letters: B batch, c channels, o = c or 2c output channels, T steps of the original process, s guidance scale.
 """
@@ -54,6 +57,8 @@ def resolve_schedule(schedule: str, input_size: int) -> str:
 class ClassifierFreeGuidance:
     """Makes a denoiser (x, t) -> prediction out of a class-conditional model, guided towards the labels.
 
+    With a guide it is autoguidance, of a model with classes or without.
+
     Args:
         model: callable (x [2B, c, h, w], t [2B], y [2B]) -> [2B, o, h, w].
         labels: int64 [B].
@@ -68,6 +73,8 @@ class ClassifierFreeGuidance:
         num_timesteps: T of the original process.
         skip_below: where |w - 1| is less, `at` gives a denoiser that does not evaluate the null half; where w is 1
             it never does.
+        guide: another model (x [B, c, h, w], t [B], y [B]) -> [B, o, h, w], whose prediction takes the place of the
+            null half's.
 
     Raises:
         ValueError: if the schedule is unknown, or channels is less than 1.
@@ -85,11 +92,12 @@ class ClassifierFreeGuidance:
         interval: tuple[int, int] | None = None,
         num_timesteps: int = 1000,
         skip_below: float = 0.0,
+        guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self._weight = choose("guidance schedule", GUIDANCE_SCHEDULES, schedule)
         if channels is not None and channels < 1:
             raise ValueError(f"guidance channels must be at least 1 or all, not {channels}")
-        self.model = model
+        self.model, self.guide = model, guide
         self.labels = torch.cat([labels, torch.full_like(labels, null_label)])  # [2B]
         self.scale, self.power = scale, power
         self.channels = channels
@@ -123,11 +131,15 @@ class ClassifierFreeGuidance:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """x: [B, c, h, w]; t: [B] original timesteps. Returns the labelled half, guided, in float32: [B, o, h, w]."""
-        output = self.model(torch.cat([x, x]), torch.cat([t, t]), self.labels).float()  # [2B, o, h, w]
-        labelled, null = output.chunk(2)
+        if self.guide is None:
+            output = self.model(torch.cat([x, x]), torch.cat([t, t]), self.labels).float()  # [2B, o, h, w]
+            labelled, worse = output.chunk(2)
+        else:
+            labelled = self.labelled(x, t).clone()  # a compiled network's output is overwritten by the next one's
+            worse = self.guide(x, t, self.labels[: len(x)]).float()
         guided = x.shape[1] if self.channels is None else min(self.channels, x.shape[1])
         w = self.weight(t).view(-1, 1, 1, 1)
-        eps = null[:, :guided] + w * (labelled[:, :guided] - null[:, :guided])
+        eps = worse[:, :guided] + w * (labelled[:, :guided] - worse[:, :guided])
         return torch.cat([eps, labelled[:, guided:]], dim=1)  # [B, o, h, w]
 
 
@@ -138,6 +150,7 @@ def guided_model(
     guidance: GuidanceConfig,
     process: ProcessConfig,
     input_size: int,
+    guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, t) -> prediction for these labels, guided if the settings say so and there are classes to guide to.
 
@@ -149,8 +162,9 @@ def guided_model(
             classes.
         process: of the model.
         input_size: side of what the network sees, which chooses the schedule `auto`.
+        guide: of autoguidance, which needs no classes.
     """
-    if not (null_label and guidance.enabled and guidance.scale != 1):
+    if not ((null_label or guide) and guidance.enabled and guidance.scale != 1):
         return lambda x, t: model(x, t, labels)
     only_one = len(process.guidance_schedules) == 1
     return ClassifierFreeGuidance(
@@ -164,4 +178,5 @@ def guided_model(
         guidance.interval,
         process.num_timesteps or 1000,
         guidance.skip_below,
+        guide,
     )

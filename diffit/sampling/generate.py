@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 import diffit
+from diffit.checkpoint.config import CheckpointConfig
+from diffit.checkpoint.resolve import find_guide
 from diffit.checkpoint.weights import load_weights
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
@@ -48,9 +50,10 @@ def generate(task: SampleTask) -> Path:
     names, null_label = class_names(checkpoint), checkpoint.network.num_classes
     classes = resolve_labels(config.class_labels or [], names)
     conditional = config.class_cond and null_label > 0
-    if not conditional:  # null labels cannot be guided towards
+    if not conditional:
         classes = [null_label]
-        checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, enabled=False))
+        if checkpoint.guidance.guide is None:  # null labels cannot be guided towards
+            checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, enabled=False))
     fitting_sampler(checkpoint)  # refuses before weights are fetched
 
     # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
@@ -64,6 +67,10 @@ def generate(task: SampleTask) -> Path:
     with distributed.joined(device) as world:
         # Of a run that goes on, all ranks take the checkpoint that rank 0 found to be the newest.
         source, settings["weights_sha256"] = distributed.on_main(world, lambda: (task.source, task.source.sha256()))
+        name, sha256 = distributed.on_main(world, lambda: _guide(checkpoint))
+        checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, guide=name))
+        del settings["guidance"]["guide"]  # as for the network, the weights' own hash is compared
+        settings |= {"guide_sha256": sha256} if sha256 else {}
         with distributed.main_only(world, exclusive(folder.path)):
             folder.key = distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite, defaults))
             seconds_per_image = None  # unknown where nothing was left to sample
@@ -93,6 +100,15 @@ def generate(task: SampleTask) -> Path:
                 return path
 
             return distributed.on_main(world, finish)
+
+
+def _guide(checkpoint: CheckpointConfig) -> tuple[str | None, str | None]:
+    """The weights of autoguidance, of a run those of its newest checkpoint, and their hash; they are fetched."""
+    name, found = checkpoint.guidance.guide, find_guide(checkpoint)
+    if found is None:
+        return None, None
+    path = found[0].path
+    return str(path) if path and path.is_file() else name, found[0].sha256()
 
 
 def _circumstances(device: torch.device, world: World) -> dict[str, Any]:

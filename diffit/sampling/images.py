@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.weights import load_model
+from diffit.checkpoint.resolve import find_guide
+from diffit.checkpoint.weights import load_model, load_weights
 from diffit.codec import Codec, create_codec
 from diffit.config import Precision
 from diffit.diffusion import SampleNoise, create_sampler, guided_model
@@ -51,6 +52,7 @@ class ImageSampler:
         sampler: of `create_sampler`, for that process.
         codec: from what the network sees to images.
         precision: of the network's products, for errors to name.
+        guide: the network of autoguidance, called as the first one; None without.
     """
 
     network: Callable[..., Tensor]
@@ -58,10 +60,15 @@ class ImageSampler:
     sampler: Sampler
     codec: Codec
     precision: str = "fp32"
+    guide: Callable[..., Tensor] | None = None
 
     @classmethod
     def load(
-        cls, path_or_name: str | Path, fast: bool = False, device: torch.device | str | None = None
+        cls,
+        path_or_name: str | Path,
+        fast: bool = False,
+        device: torch.device | str | None = None,
+        guide: str | Path | None = None,
     ) -> ImageSampler:
         """The sampler of a checkpoint, with the settings that it recommends.
 
@@ -69,11 +76,13 @@ class ImageSampler:
             path_or_name: whatever `load_model` takes.
             fast: for previews, as sample.py's --fast True.
             device: where to sample; by default a GPU if there is one.
+            guide: weights of the network of autoguidance, whatever `load_model` takes.
 
         Raises:
             ValueError: in one sentence, if it cannot be found, is damaged or does not fit.
         """
         model, config = load_model(path_or_name)
+        config = changed(config, guide=str(guide) if guide else None)
         if fast and config.process_config.num_timesteps is not None:
             config = replace(config, guidance=replace(config.guidance, skip_below=SKIP_BELOW))
         place = torch.device(device) if device is not None else resolve_device("auto")
@@ -101,7 +110,8 @@ class ImageSampler:
             codec: on the device; by default the checkpoint's, which is loaded.
 
         Raises:
-            ValueError: in one sentence, if settings or VAE do not fit the network, or the VAE cannot be loaded.
+            ValueError: in one sentence, if settings, VAE or the guide that the config names do not fit the network, or
+                cannot be loaded.
         """
         sampler = fitting_sampler(config)
         compile = resolve_compile(compile, fast, device)
@@ -113,9 +123,15 @@ class ImageSampler:
             )
         precision = resolve_precision(precision, fast, device)
         weights = next(model.to(device).parameters()).dtype
-        network = prepare_for_sampling(model, product_dtype(precision)) if fast else autocast(model, device, precision)
+
+        def prepared(model: nn.Module) -> Any:
+            fit = prepare_for_sampling(model, product_dtype(precision)) if fast else autocast(model, device, precision)
+            return compiled(fit) if compile else fit
+
         named = precision if weights == torch.float32 else str(weights).removeprefix("torch.")
-        return cls(compiled(network) if compile else network, config, sampler, codec, named)
+        found = find_guide(config)
+        guide = found and load_weights(found[0].fetch(), found[1]).requires_grad_(False).to(device)
+        return cls(prepared(model), config, sampler, codec, named, guide and prepared(guide))
 
     def with_settings(self, **settings: Any) -> ImageSampler:
         """The same with other settings: `sampler`, `num_sampling_steps`, `cfg_scale`, `schedule` (of guidance).
@@ -124,6 +140,8 @@ class ImageSampler:
             ValueError: in one sentence, if a setting does not fit the process.
         """
         config = changed(self.config, **settings)
+        if config.guidance.guide != self.config.guidance.guide:
+            raise ValueError("another guide needs another ImageSampler: name it to ImageSampler.load")
         return replace(self, config=config, sampler=fitting_sampler(config))
 
     def labels(self, indices: Sequence[int], seed: int, wanted: Sequence[int] = ()) -> Tensor:
@@ -151,7 +169,8 @@ class ImageSampler:
         network = self.config.network
         noise = SampleNoise(seed, indices, (network.in_channels, *2 * [network.input_size]), labels.device)
         process, guidance = self.config.process_config, self.config.guidance
-        denoiser = guided_model(self.network, labels, network.num_classes, guidance, process, network.input_size)
+        sizes = network.num_classes, guidance, process, network.input_size
+        denoiser = guided_model(self.network, labels, *sizes, self.guide)
         failed = torch.zeros_like(labels)  # the first step of each sample that is not finite; 0 where all are
         for state in self.sampler(denoiser, noise.start(), noise):
             wrong = ~state.x.flatten(1).isfinite().all(1)
@@ -193,15 +212,17 @@ def changed(
     num_sampling_steps: int | str | None = None,
     cfg_scale: float | None = None,
     schedule: str | None = None,
+    guide: str | None = None,
 ) -> CheckpointConfig:
-    """A config with other settings of sampling and guidance, which a scale turns on; what is None stays."""
+    """A config with other settings of sampling and guidance, which scale or guide turn on; what is None stays."""
 
     def given(**values: Any) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value is not None}
 
     changes = given(sampler=sampler, num_sampling_steps=num_sampling_steps)
     sampling = changed_sampling(config.process, config.sampling, **changes)
-    guidance = given(scale=cfg_scale, schedule=schedule, enabled=None if cfg_scale is None else True)
+    enabled = None if cfg_scale is None and guide is None else True
+    guidance = given(scale=cfg_scale, schedule=schedule, guide=guide, enabled=enabled)
     return replace(config, sampling=sampling, guidance=replace(config.guidance, **guidance))
 
 
@@ -225,6 +246,7 @@ def sample_images(
     sampler: str | None = None,
     num_sampling_steps: int | str | None = None,
     cfg_scale: float | None = None,
+    guide: str | None = None,
     batch_size: int = 16,
     device: torch.device | str | None = None,
     codec: Codec | None = None,
@@ -242,6 +264,7 @@ def sample_images(
         class_labels: numbers or names of classes, repeated in turn; drawn at random per sample by default.
         sampler, num_sampling_steps: see `diffit.diffusion.config.SamplingConfig`.
         cfg_scale: guidance scale; 1 is no guidance.
+        guide: weights of the network of autoguidance, all that `load_model` takes, loaded at every call.
         batch_size: samples at a time; it changes samples by no more than rounding.
         device: where to sample, to which the model is moved; by default where the model is.
         codec: from what the network sees to images, on the device; by default the checkpoint's, loaded at every call.
@@ -259,7 +282,7 @@ def sample_images(
         raise ValueError("the model is in training mode, in which labels are dropped: call model.eval() first")
     listed = [class_labels] if isinstance(class_labels, int | str) else class_labels or []
     classes = resolve_labels(listed, class_names(config))
-    config = changed(config, sampler, num_sampling_steps, cfg_scale)
+    config = changed(config, sampler, num_sampling_steps, cfg_scale, guide=guide)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     pictures = ImageSampler.create(model, config, place, codec=codec)
     images, labels = [], []

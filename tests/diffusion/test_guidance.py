@@ -5,8 +5,10 @@ import torch
 
 from diffit.diffusion import (
     ClassifierFreeGuidance,
+    EDMPrecond,
     create_sampler,
     guidance_weight,
+    guided_model,
     resolve_schedule,
 )
 from diffit.diffusion.config import DiffusionConfig, EDMConfig, GuidanceConfig, SamplingConfig, check_process
@@ -154,3 +156,53 @@ def test_auto_schedule():
     assert resolve_schedule("constant", 32) == "constant"
     with pytest.raises(ValueError, match="linear"):
         resolve_schedule("linear", 32)
+
+
+def exact_denoiser(deviation):
+    """The raw prediction (of EDM's preconditioning, sigma_data 0.5) that denoises data N(0, deviation^2) exactly."""
+
+    def predict(x_in, c_noise, y):
+        sigma = (4 * c_noise).exp().view(-1, 1, 1, 1)
+        total = sigma**2 + 0.5**2
+        x = x_in * total.sqrt()  # c_in is undone
+        denoised = deviation**2 / (deviation**2 + sigma**2) * x
+        return (denoised - 0.5**2 / total * x) * total.sqrt() / (0.5 * sigma)
+
+    return predict
+
+
+def test_autoguidance_extrapolates_from_the_guides_gaussian_to_the_models():
+    """Prediction and sample in closed form: dx/dsigma = (x - D)/sigma, D = x (g + s (m - g)), is separable."""
+    main, guide, scale = 1.0, 1.3, 2.5
+    labels, x = torch.zeros(4, dtype=torch.int64), torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    config = EDMConfig()
+    guidance = GuidanceConfig(scale=scale, channels="all", guide="named")
+    guided = guided_model(exact_denoiser(main), labels, 0, guidance, config, 2, exact_denoiser(guide))
+    for sigma in (0.1, 1.0, 10.0):
+        shares = [s**2 / (s**2 + sigma**2) for s in (main, guide)]
+        denoised = EDMPrecond(guided, 0.5)(x, torch.full((4,), sigma))
+        torch.testing.assert_close(denoised, x * (shares[1] + scale * (shares[0] - shares[1])), rtol=1e-4, atol=1e-4)
+    sampler = create_sampler(config, SamplingConfig("heun", num_sampling_steps=60))
+    *_, last = sampler(guided, x, lambda: x)
+    shrink = [(s**2 / (s**2 + config.sigma_max**2)) ** 0.5 for s in (main, guide)]
+    factor = config.sigma_max * shrink[0] ** scale * shrink[1] ** (1 - scale)
+    assert factor < main  # narrower than the data: what the guide does worse is left out
+    torch.testing.assert_close(last.x.float(), x * factor, rtol=5e-3, atol=1e-4)
+
+
+def test_autoguidance_asks_the_guide_only_where_it_counts():
+    calls = []
+
+    def guide(x, t, y):
+        calls.append(y)
+        return linear_model(x, t, y)
+
+    x, labels, t = torch.ones(2, 4, 2, 2), torch.tensor([1, 2]), torch.full((2,), 500)
+    alone = guided_model(linear_model, labels, 10, GuidanceConfig(scale=1.0), DiffusionConfig(), 32, guide)
+    torch.testing.assert_close(alone(x, t), linear_model(x, t, labels), rtol=0, atol=0)
+    settings = GuidanceConfig(scale=3.0, interval=(400, 600))
+    guided = guided_model(linear_model, labels, 10, settings, DiffusionConfig(), 32, guide)
+    torch.testing.assert_close(guided.at(700)(x, t), linear_model(x, t, labels), rtol=0, atol=0)
+    assert not calls
+    guided.at(500)(x, t)
+    assert torch.equal(calls[0], labels)  # with the label, as the model itself
