@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -41,6 +42,9 @@ def type_hints(config_class: Any) -> dict[str, Any]:
     return get_type_hints(config_class)
 
 
+_HOLDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
 @dataclass(frozen=True)
 class Range:
     """Finite numbers within bounds: `at_least` and `at_most` are in it, `above` and `below` are not."""
@@ -51,13 +55,8 @@ class Range:
     below: float | None = None
 
     def __contains__(self, value: float) -> bool:
-        return (
-            -math.inf < value < math.inf  # which NaN is not
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
+        given = ((holds, getattr(self, name)) for name, holds in _HOLDS.items())
+        return math.isfinite(value) and all(bound is None or holds(value, bound) for holds, bound in given)
 
     def __str__(self) -> str:
         if self.at_least is not None and self.at_most is not None:

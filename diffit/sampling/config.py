@@ -12,8 +12,8 @@ from diffit.settings import FREE, SAME, setting
 
 
 @dataclass(frozen=True)
-class SampleConfig(ProcessSettings):
-    """What sample.py does.
+class WeightsConfig:
+    """Which weights, and where they run.
 
     Args:
         model: a model of the zoo; without --model_path its bundled or released weights are used. Diffit-Fashion, the
@@ -21,6 +21,20 @@ class SampleConfig(ProcessSettings):
         model_path: weights: a file, a run's folder (its newest checkpoint), a checkpoint's folder, a saved pipeline, a
             name, or a pipeline or file owner/repository/name.safetensors on the Hub.
         image_size: side of the images in pixels, 256 or 512 for the released weights; by default the checkpoint's.
+        device: where to run; auto takes a GPU if there is one.
+    """
+
+    model: str | None = setting(None, SAME)
+    model_path: str | None = setting(None, FREE)  # the weights' own hash is compared
+    image_size: int | None = setting(None, SAME, at_least=1)
+    device: Device = setting("auto", SAME)
+
+
+@dataclass(frozen=True)
+class SampleConfig(WeightsConfig, ProcessSettings):
+    """What sample.py does.
+
+    Args:
         log_dir: folder for the samples; logs/MODEL by default.
         num_samples: how many samples to make.
         batch_size: samples at a time per rank; it does not change the samples.
@@ -29,7 +43,6 @@ class SampleConfig(ProcessSettings):
             drawn at random per sample by default.
         class_cond: False samples without classes.
         vae: an AutoencoderKL of diffusers, a folder or a Hub id, in place of the checkpoint's own.
-        device: where to run; auto takes a GPU if there is one.
         precision: precision of matrix products; norms, softmax, guidance and sampler stay in fp32. Default fp32, with
             --fast True bf16 (fp16 where the GPU has no bf16).
         compile: compile network and VAE with torch.compile, on CUDA to CUDA graphs; it takes a minute or so before the
@@ -42,9 +55,6 @@ class SampleConfig(ProcessSettings):
         process: the diffusion process that the network was trained for; the checkpoint's metadata have it.
     """
 
-    model: str | None = setting(None, SAME)
-    model_path: str | None = setting(None, FREE)  # the weights' own hash is compared
-    image_size: int | None = setting(None, SAME, at_least=1)
     log_dir: str | None = setting(None, FREE)
     num_samples: int = setting(16, SAME, at_least=1)
     batch_size: int = setting(16, FREE, at_least=1)
@@ -52,7 +62,6 @@ class SampleConfig(ProcessSettings):
     class_labels: list[str] | None = setting(None, SAME)
     class_cond: bool = setting(True, SAME)
     vae: str | None = setting(None, SAME)
-    device: Device = setting("auto", SAME)
     precision: Precision | None = setting(None, SAME)
     compile: bool | None = setting(None, SAME)
     fast: bool = setting(False, SAME)
@@ -78,23 +87,13 @@ class SampleTask:
 
 
 @dataclass(frozen=True)
-class AppConfig:
+class AppConfig(WeightsConfig):
     """What app.py does.
 
     Args:
-        model: a model of the zoo; without --model_path its bundled or released weights are used. Diffit-Fashion, the
-            bundled one, unless a file says otherwise.
-        model_path: weights: a file, a run's folder (its newest checkpoint), a checkpoint's folder, a saved pipeline, a
-            name, or a pipeline or file owner/repository/name.safetensors on the Hub.
-        image_size: side of the images in pixels, 256 or 512 for the released weights; by default the checkpoint's.
-        device: where to sample; auto takes a GPU if there is one.
         port: port of the page at 127.0.0.1, which other machines cannot reach.
     """
 
-    model: str | None = None
-    model_path: str | None = None
-    image_size: int | None = setting(None, at_least=1)
-    device: Device = "auto"
     port: int = setting(7860, at_least=1, at_most=65535)
 
 

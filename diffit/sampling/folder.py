@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import shutil
 import zipfile
@@ -133,11 +132,10 @@ class SampleFolder:
         Raises:
             ValueError: if the disk is full, or the file cannot be written.
         """
-        buffer = io.BytesIO()
-        np.savez(buffer, images=images, labels=labels)
         with explained_write(f"to {self.shards}", f"{_ADVICE}, it continues from here"):
             self.shards.mkdir(exist_ok=True)
-            write_atomically(self.shards / f"{first:08d}-{len(images):05d}-{self.key}.npz", buffer.getvalue())
+            with open_atomically(self.shards / f"{first:08d}-{len(images):05d}-{self.key}.npz") as file:
+                np.savez(file, images=images, labels=labels)
 
     def stream(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         """Images [B, H, W, C] and labels [B] of all shards in order; a sample that two shards hold comes once.
@@ -216,7 +214,7 @@ def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
     with explained_write(f"to {folder}", f"{_ADVICE}, it continues from here"):
         folder.mkdir(exist_ok=True)
         for offset, image in enumerate(images):
-            write_atomically(folder / f"{first + offset:06d}.png", png_bytes(picture(image)))
+            _save_png(folder / f"{first + offset:06d}.png", picture(image))
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:
@@ -226,14 +224,12 @@ def picture(image: NDArray[np.uint8]) -> Image.Image:
 
 def save_grid(path: Path, images: Sequence[NDArray[np.uint8]], titles: Sequence[str]) -> None:
     """Write `draw_grid` as a PNG file."""
-    write_atomically(path, png_bytes(draw_grid(images, titles)))
+    _save_png(path, draw_grid(images, titles))
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture as the contents of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+def _save_png(path: Path, image: Image.Image) -> None:
+    with open_atomically(path) as file:
+        image.save(file, "PNG")
 
 
 def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], columns: int | None = None) -> Image.Image:

@@ -30,7 +30,7 @@ from diffit.sampling.labels import class_names, resolve_labels
 from diffit.settings import SAME, settings_that
 from diffit.system import distributed
 from diffit.system.console import progress
-from diffit.system.device import resolve_device, set_matmul_precision
+from diffit.system.device import explained_memory, resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, exclusive
 from diffit.system.ranks import World
 
@@ -41,14 +41,14 @@ def generate(task: SampleTask) -> Path:
     """Make the samples of a task, or the missing ones of them; returns the .npz.
 
     Raises:
-        ValueError: in one sentence, for everything that a user can mend.
+        ValueError: in one sentence, for everything that a user can correct.
     """
     config, checkpoint, device = task.config, task.resolved, resolve_device(task.config.device)
     precision = resolve_precision(config.precision, config.fast, device)
     compile = resolve_compile(config.compile, config.fast, device)
     set_matmul_precision(precision)
     names, null_label = class_names(checkpoint), checkpoint.network.num_classes
-    classes = resolve_labels(config.class_labels or [], names)
+    classes = resolve_labels(config.class_labels, names)
     conditional = config.class_cond and null_label > 0
     if not conditional:
         classes = [null_label]
@@ -137,24 +137,19 @@ def _sample_missing(
     share = f" (rank 0 of {world.size})" if world.size > 1 else ""
     bar = progress(title=f"sampling{share}", show=world.is_main, unit="step")
     start, done, count = time.monotonic(), 0, sum(map(len, mine))
-    try:
-        with bar, _background() as write:
-            for indices in mine:
-                drawn = indices
-                if compiled:  # a graph is compiled for one shape: a short batch is filled up
-                    drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
-                labels = pictures.labels(drawn, config.seed, classes)
-                for state in pictures.states(drawn, labels, config.seed):
-                    bar.total = len(mine) * state.num_steps
-                    bar.update()
-                write(_save, folder, config, indices, pictures.codec.decode(state.x), labels)
-                done += len(indices)
-                bar.set_postfix_str(f"{done}/{count} images", refresh=False)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the device is out of memory at --batch_size {config.batch_size}: use a smaller one, the samples stay the "
-            "same"
-        ) from error
+    less_memory = f"use a smaller --batch_size than {config.batch_size}, the samples stay the same"
+    with explained_memory(less_memory), bar, _background() as write:
+        for indices in mine:
+            drawn = indices
+            if compiled:  # a graph is compiled for one shape: a short batch is filled up
+                drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
+            labels = pictures.labels(drawn, config.seed, classes)
+            for state in pictures.states(drawn, labels, config.seed):
+                bar.total = len(mine) * state.num_steps
+                bar.update()
+            write(_save, folder, config, indices, pictures.codec.decode(state.x), labels)
+            done += len(indices)
+            bar.set_postfix_str(f"{done}/{count} images", refresh=False)
     distributed.barrier(world)
     return round((time.monotonic() - start) / len(missing), 4) if missing else None
 

@@ -191,12 +191,12 @@ class ImageSampler:
 
 
 def resolve_precision(precision: Precision | None, fast: bool, device: torch.device) -> Precision:
-    """The precision that was asked for; else fp32 or, to be fast, the 16 bits that the device computes with."""
+    """The requested precision; by default fp32 or, to be fast, the 16 bits that the device computes with."""
     return precision or (fast_precision(device) if fast else "fp32")
 
 
 def resolve_compile(compile: bool | None, fast: bool, device: torch.device) -> bool:
-    """What was asked for; else to compile where speed is asked for and it pays, which is on CUDA.
+    """Whether to compile: as requested; by default where the sampler is to be fast and it pays, which is on CUDA.
 
     Raises:
         ValueError: if the machine has nothing to compile with.
@@ -280,8 +280,7 @@ def sample_images(
         raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
     if model.training:
         raise ValueError("the model is in training mode, in which labels are dropped: call model.eval() first")
-    listed = [class_labels] if isinstance(class_labels, int | str) else class_labels or []
-    classes = resolve_labels(listed, class_names(config))
+    classes = resolve_labels(class_labels, class_names(config))
     config = changed(config, sampler, num_sampling_steps, cfg_scale, guide=guide)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     pictures = ImageSampler.create(model, config, place, codec=codec)

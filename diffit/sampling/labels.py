@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.data.files import are_numbers
@@ -29,30 +32,35 @@ def class_names(config: CheckpointConfig) -> Sequence[str]:
     return [*names, *map(str, range(len(names), num_classes))]
 
 
-def resolve_labels(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
+def resolve_labels(class_labels: Any, names: Sequence[str]) -> list[int]:
     """Class numbers of labels.
 
     Args:
-        labels: integers, which are class numbers, or texts: a name in its exact spelling, else a number (where every
-            name is a number, the name is meant), one of ImageNet's synonyms, or a name or synonym in any case. The
-            text 'all' alone, unless it is a class, stands for every class in turn.
+        class_labels: one label, or a sequence or an array of them; none for None. Integers are class numbers, a text is
+            a name in its exact spelling, else a number (where every name is a number, the name is meant), one of
+            ImageNet's synonyms, or a name or synonym in any case. The text 'all' alone, unless it is a class, stands
+            for every class in turn.
         names: of the classes, from `class_names`.
 
     Raises:
         ValueError: if there is no such class, or several.
     """
-    if not len(labels):
+    if isinstance(class_labels, Tensor | np.ndarray):
+        class_labels = class_labels.reshape(-1)
+    one = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
+    labels = [] if class_labels is None else [class_labels] if one else list(class_labels)
+    if not labels:
         return []
     if not names:
         raise ValueError("the model knows no classes: leave the class labels out")
-    if list(labels) == ["all"] and "all" not in names:
+    if labels == ["all"] and "all" not in names:
         return list(range(len(names)))
-    tables = _tables(names)
+    exact, folded = _spellings(names, str), _spellings(names, str.casefold)
     resolved = []
     for label in labels:
         by_name = isinstance(label, str) and are_numbers(names)
         try:
-            numbers = _named(label, names, tables) if isinstance(label, str) else [operator.index(label)]
+            numbers = _meant(label, names, exact, folded) if isinstance(label, str) else [operator.index(label)]
         except TypeError as error:
             raise ValueError(f"a class label is a name or a whole number, not {label!r}") from error
         if len(numbers) > 1:
@@ -67,22 +75,22 @@ def resolve_labels(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
 
 def known_labels(names: Sequence[str]) -> dict[str, int]:
     """Every spelling that `resolve_labels` takes for one class, case aside, and its number."""
-    tables = _tables(names)
-    numbers = {text: _named(text, names, tables) for text in sorted({*tables[0], *tables[1]})}
-    return {text: found[0] for text, found in numbers.items() if len(found) == 1}
+    exact = _spellings(names, str)
+    numbers = {text: _meant(text, names, exact, {}) for text in sorted(exact)}
+    return {text: meant[0] for text, meant in numbers.items() if len(meant) == 1}
 
 
-def _named(text: str, names: Sequence[str], tables: Sequence[dict[str, list[int]]]) -> list[int]:
+def _meant(
+    text: str, names: Sequence[str], exact: Mapping[str, list[int]], folded: Mapping[str, list[int]]
+) -> list[int]:
     """All class numbers that a text may mean, by the first rule that gives any."""
-    exact, synonyms, folded, folded_synonyms = tables
     if text not in exact and are_numbers([text]):
         return [i for i, name in enumerate(names) if int(name) == int(text)] if are_numbers(names) else [int(text)]
-    key = text.casefold()
-    return exact.get(text) or synonyms.get(text) or folded.get(key) or folded_synonyms.get(key) or []
+    return exact.get(text) or folded.get(text.casefold(), [])
 
 
-def _tables(names: Sequence[str]) -> list[dict[str, list[int]]]:
-    """Spelling -> class numbers: of the names, of ImageNet's synonyms, and of both in lower case.
+def _spellings(names: Sequence[str], fold: Callable[[str], str]) -> dict[str, list[int]]:
+    """Folded spelling -> class numbers: of the names and, where no class has it as its name, of ImageNet's synonyms.
 
     Classes have synonyms if they are named by WordNet ids, or all of them as ImageNet's.
     """
@@ -90,14 +98,12 @@ def _tables(names: Sequence[str]) -> list[dict[str, list[int]]]:
     descriptions = [imagenet.get(name, "") for name in names]
     if list(names) == [description.split(",")[0] for description in imagenet.values()]:
         descriptions = list(imagenet.values())
-    synonyms = [(text.strip(), i) for i, each in enumerate(descriptions) if each for text in each.split(",")]
-    tables: list[dict[str, list[int]]] = []
-    for fold in (str, str.casefold):
-        for pairs in ([(name, i) for i, name in enumerate(names)], synonyms):
-            tables.append({})
-            for text, number in dict.fromkeys((fold(text), number) for text, number in pairs):
-                tables[-1].setdefault(text, []).append(number)
-    return tables
+    named, synonyms = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
+    for number, (name, description) in enumerate(zip(names, descriptions, strict=True)):
+        named[fold(name)].append(number)
+        for text in {fold(synonym.strip()) for synonym in description.split(",") if description}:
+            synonyms[text].append(number)
+    return synonyms | named
 
 
 def _imagenet() -> dict[str, str]:
