@@ -1,4 +1,4 @@
-"""The model card of a pipeline, and the way of its folder to and from the Hub."""
+"""The model card of a pipeline, with its scores where the Hub shows them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import BUNDLED, HUB_REPOSITORY, Source
 from diffit.evaluation.scores import LABELS
-from diffit.system.files import first_line, quiet_hub
+from diffit.system.files import first_line
 
 SCORES = "scores.json"  # beside the weights, as the evaluator writes it by --json
 DOWNLOAD_SETTINGS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -20,13 +22,7 @@ LICENSES = {
     "unknown": "No licence has been chosen for these weights: say here, and in `license` above, who may use them how.",
 }
 _CARD = """---
-library_name: diffusers
-license: {license_id}
-pipeline_tag: unconditional-image-generation
-tags:
-- diffit
-- diffusion
-- vision-transformer
+{metadata}
 ---
 
 # {title}
@@ -65,18 +61,31 @@ def model_card(
     """The README.md of a pipeline's folder.
 
     Args:
-        config: of the checkpoint.
+        config: the checkpoint's config.
         repo_id: the Hub id, or the folder's name.
-        num_parameters: of the network.
-        license: the Hub's id of one.
+        num_parameters: number of the network's parameters.
+        license: the Hub's id of a licence.
         scores: what the evaluator writes by --json; {} if nothing was measured.
     """
     network, sampling, guidance, names = config.network, config.sampling, config.guidance, config.class_names
+    title, task = repo_id.split("/")[-1], "unconditional-image-generation"
+    measured = {name: scores[name] for name in LABELS if scores.get(name) is not None}
+    files = [Path(str(scores[key])).name for key in ("samples", "reference") if scores.get(key)]
+    dataset = files[-1] if files else "unknown"
+    results = [EvalResult(task, dataset, dataset, name, measured[name], metric_name=LABELS[name]) for name in measured]
+    metadata = ModelCardData(
+        library_name="diffusers",
+        license=license,
+        pipeline_tag=task,
+        tags=["diffit", "diffusion", "vision-transformer"],
+        eval_results=results or None,
+        model_name=title if results else None,
+    )
     released, count = license == "cc-by-nc-sa-4.0" and not config.made_by, network.num_classes
     shown = ": " + ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else ""
     return _CARD.format(
-        license_id=license,
-        title=repo_id.split("/")[-1],
+        metadata=metadata.to_yaml(),
+        title=title,
         what="A class-conditional" if count else "An unconditional",
         parameters=num_parameters / 1e6,
         repo_id=repo_id,
@@ -88,7 +97,7 @@ def model_card(
         recommended=f"{sampling.num_sampling_steps} steps of {sampling.sampler}"
         + (f", guidance at {guidance.scale:g}" if count and guidance.enabled else ""),
         vae="none: the network sees pixels" if config.codec.factor == 1 else Path(config.codec.vae).name,
-        scores=_score_table(scores),
+        scores=_score_table(measured, files, scores.get("features", "Inception")),
         license=LICENSES.get(license, f"The weights are under {license}."),
     )
 
@@ -114,31 +123,9 @@ def card_facts(name: str, source: Source, config: CheckpointConfig) -> dict[str,
     return {"license": license, "scores": scores}
 
 
-def _score_table(scores: dict[str, Any]) -> str:
-    found = {label: scores[name] for name, label in LABELS.items() if scores.get(name) is not None}
-    if not found:
+def _score_table(measured: dict[str, float], files: list[str], features: str) -> str:
+    if not measured:
         return ""
-    files = [Path(str(scores[key])).name for key in ("samples", "reference") if scores.get(key)]
-    how = f"By ADM's protocol, on {' against '.join(files)}, features: {scores.get('features', 'Inception')}."
-    header, line = " | ".join(found), " | ".join("---" for _ in found)
-    values = " | ".join(f"{value:.4g}" for value in found.values())
-    return f"\n## Scores\n\n{how}\n\n| {header} |\n| {line} |\n| {values} |\n"
-
-
-def upload(folder: Path, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
-    """Upload a folder to a repository, which is made if it is not there; returns the commit's address.
-
-    Raises:
-        ValueError: in one sentence, if the Hub cannot be reached or refuses.
-    """
-    from huggingface_hub import create_repo, upload_folder
-
-    try:
-        with quiet_hub(None):
-            name = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            return str(upload_folder(repo_id=name, folder_path=folder, token=token, commit_message=commit_message))
-    except Exception as error:  # the client's own, or those of requests or httpx, by its version
-        raise ValueError(
-            f"{repo_id} was not uploaded ({first_line(error)}): check the name and the network, and log in by "
-            "`hf auth login`"
-        ) from error
+    rows = [LABELS[name] for name in measured], ["---"] * len(measured), [f"{score:.4g}" for score in measured.values()]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"\n## Scores\n\nBy ADM's protocol, on {' against '.join(files)}, features: {features}.\n\n{table}\n"

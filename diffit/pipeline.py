@@ -20,27 +20,28 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import is_accelerate_available
+from huggingface_hub import create_repo, upload_folder
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit import components, hub
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.resolve import PIPELINE_FILE, Source, find_checkpoint
+from diffit.checkpoint.resolve import PIPELINE_FILE, Source, damaged_pipeline, find_checkpoint
 from diffit.checkpoint.weights import load_weights
 from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
 from diffit.sampling.images import ImageSampler, changed
 from diffit.sampling.labels import class_names, known_labels, resolve_labels
-from diffit.system.files import as_tree, first_line, write_atomically
+from diffit.system.files import as_tree, first_line, quiet_hub, write_atomically
 
 _BATCH_SIZE = 16
 # Arguments of other pipelines -> what this one has in their place.
@@ -123,15 +124,12 @@ class DiffiTPipeline(DiffusionPipeline):
             raise TypeError(f"DiffiTPipeline takes no {name}" + _OF_OTHERS.get(name, ""))
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"there is no output_type '{output_type}': choose pil, np, pt or latent")
-        given: Any = class_labels.reshape(-1) if isinstance(class_labels, Tensor | np.ndarray) else class_labels
-        labels = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-        labels = [] if given is None else labels
-        count = num_images if num_images is not None else 1 if given is None else len(labels)
+        classes = resolve_labels(class_labels, class_names(self._settings))
+        count = num_images if num_images is not None else 1 if class_labels is None else len(classes)
         if count < 1:
             raise ValueError(f"num_images must be at least 1, not {count}")
         if self.transformer.training:
             raise ValueError("the network is in training mode: call pipeline.transformer.eval() first")
-        classes = resolve_labels(labels, class_names(self._settings))
         config = changed(self._settings, sampler, num_inference_steps, guidance_scale, guide=guide)
         device, dtype = self._execution_device, self.transformer.dtype
         codec = create_codec(config.codec, device, vae=self.vae)
@@ -149,10 +147,7 @@ class DiffiTPipeline(DiffusionPipeline):
             output: Any = torch.cat([x if output_type == "latent" else codec.decode(x) for x in images])
         if output_type != "latent":
             output = output.permute(0, 3, 1, 2) / 255  # [N, C, H, W]
-        if output_type in ("pil", "np"):
-            output = output.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            output = self.numpy_to_pil(output)
+        output = VaeImageProcessor(do_normalize=False).postprocess(output, output_type)
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     def _draw(
@@ -188,7 +183,7 @@ class DiffiTPipeline(DiffusionPipeline):
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Numbers of classes, for their names. Raises ValueError if there is no such class."""
-        return resolve_labels([label] if isinstance(label, str) else label, class_names(self._settings))
+        return resolve_labels(label, class_names(self._settings))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> DiffiTPipeline:
@@ -216,10 +211,7 @@ class DiffiTPipeline(DiffusionPipeline):
         try:
             return super().from_pretrained(str(folder), **kwargs)
         except Exception as error:  # safetensors, json, diffusers: each has its own kinds
-            raise ValueError(
-                f"cannot load the pipeline in {folder} ({first_line(error)}): check that it was written by "
-                "DiffiTPipeline.save_pretrained, and copy or download it again"
-            ) from error
+            raise damaged_pipeline(folder, error) from error
 
     @classmethod
     def _from_checkpoint(
@@ -240,9 +232,9 @@ class DiffiTPipeline(DiffusionPipeline):
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """The content of model_index.json; the modules that it names are those of this package, not the folder's."""
         index = super().load_config(pretrained_model_name_or_path, **kwargs)
-        found = index[0] if isinstance(index, tuple) else index
-        found["_class_name"] = cls.__name__
-        found["transformer"] = [components.__name__, found["transformer"][1]]
+        content = index[0] if isinstance(index, tuple) else index
+        content["_class_name"] = cls.__name__
+        content["transformer"] = [components.__name__, content["transformer"][1]]
         return index
 
     def to_json_string(self) -> str:
@@ -294,4 +286,13 @@ class DiffiTPipeline(DiffusionPipeline):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
-            return hub.upload(Path(folder), repo_id, private, token, commit_message)
+            try:
+                with quiet_hub(None):
+                    name = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+                    done = upload_folder(repo_id=name, folder_path=folder, token=token, commit_message=commit_message)
+            except Exception as error:  # the client's own, or those of requests or httpx, by its version
+                raise ValueError(
+                    f"{repo_id} was not uploaded ({first_line(error)}): check the name and the network, and log in by "
+                    "`hf auth login`"
+                ) from error
+        return str(done)
