@@ -35,15 +35,14 @@ _SECONDS = 0.1  # between two pictures of a sample on its way
 _PATIENCE = 4  # times as long as a picture takes, which slow VAEs may, so that denoising stays most of the work
 _MOST_PICTURES = 36  # of a sweep
 _MOMENTS = 8  # of the strip of attention maps
+# A picture that is downloaded as a PNG of the very pixels.
+_image = partial(gr.Image, show_label=False, format="png", buttons=["download", "fullscreen"], render=False)
 _CSS = """
 .gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
 .picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
 .sweep img, .attention img {padding-top: 2.5em; background: white}
 .command textarea {font-family: var(--font-mono); font-size: var(--text-sm)}
-progress {appearance: none; width: 100%; height: 0.5em; border: none; background: var(--border-color-primary)}
-progress::-webkit-progress-bar {background: var(--border-color-primary)}
-progress::-webkit-progress-value {background: var(--color-accent)}
-progress::-moz-progress-bar {background: var(--color-accent)}
+progress {width: 100%; accent-color: var(--color-accent)}
 """
 
 
@@ -87,7 +86,7 @@ def serve(task: AppTask) -> None:
             footer_links=[],
             ssr_mode=False,
             css=_CSS,
-            # Named fonts would be asked of the internet.
+            # The page would load any other fonts from the internet.
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         )
     except OSError as error:
@@ -120,7 +119,7 @@ def flags_of(settings: Settings) -> list[str]:
 def read_settings(
     demo: Demo, label: int | None, seed: float | None, sampler: str, schedule: str, steps: str, scale: Any
 ) -> Settings:
-    """What the fields of the page say, in the order of the fields.
+    """The settings in the fields of the page, whose values come in the order of the fields.
 
     Raises:
         ValueError: naming the field that is empty or holds no number, or if a setting does not fit the process.
@@ -228,7 +227,7 @@ def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
 
     steps_and_scale = _steps_and_scale(demo)
     noisy = gr.Checkbox(label="Show the noisy state x_t, not what the network believes the picture will be")
-    shown = _image("picture", height="min(24rem, 84vw)")
+    shown = _image(elem_classes="picture", height="min(24rem, 84vw)")
     line = gr.Textbox(
         label="The same picture, as logs/app/png/000000.png", buttons=["copy"], elem_classes="command", render=False
     )
@@ -244,7 +243,9 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
         cells = [read_settings(demo, label, seed, sampler, schedule, n, scale) for scale in rows for n in steps]
         if not 0 < len(cells) <= _MOST_PICTURES:
             raise ValueError(f"a sweep makes 1 to {_MOST_PICTURES} pictures, not {len(cells)}: choose other values")
-        side, titles = demo.pictures.config.image_size, [_title(cell) for cell in cells]
+        side = demo.pictures.config.image_size
+        title = "s = {cfg_scale:g}, {num_sampling_steps} steps" if demo.names else "{num_sampling_steps} steps"
+        titles = [title.format(**cell) for cell in cells]
         images = [np.full((side, side, 1), 224, np.uint8)] * len(cells)  # grey until they are drawn
         for number, cell in enumerate(cells):
             for frame in denoise(demo.pictures, cell):
@@ -260,7 +261,7 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
         several(steps, value=steps, label="Steps"),
         several(scales, value=scales, label="Guidance scales", visible=bool(demo.names)),
     ]
-    _run_below("Sweep", run, inputs, [_image("sweep")])
+    _run_below("Sweep", run, inputs, [_image(elem_classes="sweep")])
 
 
 def attention_tab(demo: Demo, common: Sequence[Component]) -> None:
@@ -290,7 +291,7 @@ def attention_tab(demo: Demo, common: Sequence[Component]) -> None:
             gr.Slider(0, 99, 50, step=1, label=f"{axis} of the token, % of the side") for axis in ("Row", "Column")
         ]
     inputs = [*common, *steps_and_scale, *token]
-    _run_below("Watch", run, inputs, [_image("attention")])
+    _run_below("Watch", run, inputs, [_image(elem_classes="attention")])
 
 
 def draw_attention(frames: Sequence[Frame], at: Position) -> Image.Image:
@@ -327,18 +328,6 @@ def _steps_and_scale(demo: Demo) -> tuple[Component, Component]:
         recommended, guided = demo.pictures.config.guidance.scale, bool(demo.names)
         scale = gr.Number(recommended, label="Guidance scale", step=0.1, min_width=120, visible=guided)
     return steps, scale
-
-
-def _image(style: str, height: str | None = None) -> gr.Image:
-    """A picture that is downloaded as a PNG of the very pixels."""
-    return gr.Image(
-        show_label=False,
-        format="png",
-        height=height,
-        buttons=["download", "fullscreen"],
-        elem_classes=style,
-        render=False,
-    )
 
 
 def _run_below(
@@ -384,8 +373,3 @@ def _run_below(
 
 def _progress(done: float, words: str) -> str:
     return f'<progress value="{done:.3f}"></progress> {words}'
-
-
-def _title(settings: Settings) -> str:
-    scale = f"s = {settings['cfg_scale']:g}, " if "cfg_scale" in settings else ""
-    return f"{scale}{settings['num_sampling_steps']} steps"

@@ -1,4 +1,4 @@
-"""Weights: what a checkpoint says of itself (config), where it is (resolve), and loading and saving it (weights)."""
+"""Weights: the config in a checkpoint's metadata, where a checkpoint is (resolve), loading and saving it (weights)."""
 
 import lazy_loader
 

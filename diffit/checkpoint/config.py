@@ -1,10 +1,10 @@
-"""What a checkpoint says about itself, and what follows from a model's name. No tensor library is needed to read it."""
+"""The config of a checkpoint, and what follows from a model's name. No tensor library is needed to read it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, get_type_hints
 
 from diffit.config import PIXELS, CodecConfig
 from diffit.diffusion.config import (
@@ -23,7 +23,7 @@ METADATA_KEY = "diffit"  # of a safetensors file's metadata, whose value is the 
 
 @dataclass(frozen=True)
 class CheckpointConfig(ProcessSettings):
-    """What a checkpoint says about itself: the model, the process it was trained for, how best to sample it."""
+    """The metadata of a checkpoint: the model, the process it was trained for, how best to sample it."""
 
     model: str
     network: NetworkConfig
@@ -55,18 +55,11 @@ class CheckpointConfig(ProcessSettings):
         tree = json.loads(text)
         for node, key in ((tree["guidance"], "interval"), (tree, "class_names")):
             node[key] = tuple(node[key]) if isinstance(node[key], list) else node[key]
+        tree["network"] = model_config(tree["model"], **tree["network"])
         # Files written before a process existed lack its node and get its defaults.
-        nodes = {node.name: type(getattr(ProcessSettings(), node.name)) for node in fields(ProcessSettings)[1:]}
-        known = {name: kind(**tree[name]) for name, kind in nodes.items() if name in tree}
-        config = cls(
-            model=tree["model"],
-            network=model_config(tree["model"], **tree["network"]),
-            process=tree.get("process", "gaussian"),
-            codec=CodecConfig(**tree["codec"]),
-            class_names=tree["class_names"],
-            made_by=tree["made_by"],
-            **known,
-        )
+        kinds = {name: kind for name, kind in get_type_hints(cls).items() if name in tree}
+        nodes = {name: kind(**tree[name]) for name, kind in kinds.items() if is_dataclass(kind)}  # type: ignore[operator]
+        config = cls(**{name: tree[name] for name in kinds} | nodes)
         check_settings(config, "")
         names, classes = len(config.class_names), config.network.num_classes
         if names > classes:
@@ -89,7 +82,7 @@ def default_config(
     Args:
         model: a name of the zoo.
         image_size: side of the images, in pixels; by default that of the size.
-        process: gaussian for latents and edm for pixels, if it is not said.
+        process: its diffusion process; by default gaussian for latents and edm for pixels.
         overrides: fields of the network's config to replace.
 
     Raises:

@@ -56,12 +56,29 @@ class Source:
     client: Mapping[str, Any] = field(default_factory=dict)
 
     def fetch(self) -> Path:
-        """The file or folder, downloaded once if it is on the Hub.
+        """The file, or the folder without any code in it; from the Hub it is downloaded once.
 
         Raises:
-            ValueError: if the Hub cannot be reached and it was not downloaded before.
+            ValueError: in one sentence, if it is not on the Hub, or out of reach and it was not downloaded before.
         """
-        return self.path or download(self)
+        if self.path is not None:
+            return self.path
+        owner, repository, *file = self.name.split("/", 2)
+        repo_id = f"{owner}/{repository}"
+        try:
+            with quiet_hub(self.name):
+                if file:
+                    return Path(hf_hub_download(repo_id, file[0], **self.client))
+                return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **self.client))
+        except Exception as error:  # the client's own, or those of requests or httpx, by its version
+            if isinstance(error, LocalEntryNotFoundError):
+                failed = f"cannot reach the Hub for {self}"
+                check = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
+            else:
+                failed, check = f"the Hub did not give {self} ({first_line(error)})", "check the name"
+            raise ValueError(
+                f"{failed}: {check}, or download it elsewhere and name the copy with {self.door}"
+            ) from error
 
     def sha256(self) -> str:
         """The SHA-256 of the file, or that of the hashes of all files in the folder. Raises ValueError as `fetch`."""
@@ -109,7 +126,7 @@ def find_checkpoint(
         taken, config = _on_disk(local)
         source = replace(source, path=taken, name=str(taken))
     elif path is not None and _may_be_on_hub(word):
-        taken, config = _on_disk(download(source))
+        taken, config = _on_disk(source.fetch())
         source = replace(source, path=taken)
     elif word in ZOO:
         raise ValueError(f"no weights were released for {word}: give yours with {door}")
@@ -185,10 +202,7 @@ def _pipeline_config(folder: Path) -> CheckpointConfig:
         network = {name: value for name, value in network.items() if not name.startswith("_")}
         config = CheckpointConfig.from_json(json.dumps(index["checkpoint"] | {"network": network}))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"cannot load the pipeline in {folder} ({first_line(error)}): check that it was written by "
-            "DiffiTPipeline.save_pretrained, and copy or download it again"
-        ) from error
+        raise damaged_pipeline(folder, error) from error
     if (folder / "vae").is_dir():
         config = replace(config, codec=replace(config.codec, vae=str(folder / "vae")))
     return config
@@ -238,30 +252,16 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
 
 
 def damaged(path: Path) -> ValueError:
-    """What to say of a file of weights that cannot be read."""
+    """The error to raise for a file of weights that cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
             return ValueError(f"{path} is a git-LFS pointer, not the weights: run git lfs pull, or download the file")
     return ValueError(f"{path} is damaged or incomplete: copy or download it again")
 
 
-def download(source: Source) -> Path:
-    """A file of the Hub, or the folder of a pipeline without any code in it, downloaded once.
-
-    Raises:
-        ValueError: in one sentence, if it is not there, or out of reach and it was not downloaded before.
-    """
-    owner, repository, *file = source.name.split("/", 2)
-    repo_id = f"{owner}/{repository}"
-    try:
-        with quiet_hub(source.name):
-            if file:
-                return Path(hf_hub_download(repo_id, file[0], **source.client))
-            return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **source.client))
-    except Exception as error:  # the client's own, or those of requests or httpx, by its version
-        if isinstance(error, LocalEntryNotFoundError):
-            failed = f"cannot reach the Hub for {source}"
-            check = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
-        else:
-            failed, check = f"the Hub did not give {source} ({first_line(error)})", "check the name"
-        raise ValueError(f"{failed}: {check}, or download it elsewhere and name the copy with {source.door}") from error
+def damaged_pipeline(folder: Path, error: Exception) -> ValueError:
+    """The error to raise for a saved pipeline that cannot be read."""
+    return ValueError(
+        f"cannot load the pipeline in {folder} ({first_line(error)}): check that it was written by "
+        "DiffiTPipeline.save_pretrained, and copy or download it again"
+    )

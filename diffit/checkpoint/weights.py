@@ -27,7 +27,7 @@ _NESTED = ("ema", "model_ema", "model", "model_state_dict", "state_dict")
 def load_model(
     path_or_name: str | Path, image_size: int | None = None, model: str | None = None
 ) -> tuple[nn.Module, CheckpointConfig]:
-    """A network with its weights, in eval mode, and what its checkpoint says about it.
+    """A network with its weights, in eval mode, and its checkpoint's config.
 
     Args:
         path_or_name: a bundled name ("Diffit-Fashion"), "Diffit" or "nvidia/DiffiT" for the released weights; a
@@ -137,22 +137,22 @@ def _without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 
 def _check_fit(
-    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: CheckpointConfig
+    path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: CheckpointConfig
 ) -> None:
-    if isinstance(config.network, DiffiTConfig) and "pos_embed" in found:
-        side = round(found["pos_embed"].shape[1] ** 0.5) * config.network.patch_size
+    if isinstance(config.network, DiffiTConfig) and "pos_embed" in state:
+        side = round(state["pos_embed"].shape[1] ** 0.5) * config.network.patch_size
         size = side * config.codec.factor
         if side != config.network.input_size:
             raise ValueError(
                 f"{path} was trained for {size}x{size} images, not {config.image_size}x{config.image_size}: "
                 f"add --image_size {size}, or give another file"
             )
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is not part of it" for name in found if name not in expected]
+    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{name} is not part of it" for name in state if name not in expected]
     wrong += [
-        f"{name} is {list(found[name].shape)} instead of {list(value.shape)}"
+        f"{name} is {list(state[name].shape)} instead of {list(value.shape)}"
         for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
+        if name in state and state[name].shape != value.shape
     ]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

@@ -37,9 +37,9 @@ def attention_map(layer: WindowAttention, qkv: Tensor, bias: Tensor, at: Positio
     row, column = (int(part * across * side) for part in at)
     top, left = row // side, column // side  # of the window, in windows
     seen = N * weights[:, top * across + left, row % side * side + column % side]  # [B, N]
-    found = np.full((B, across, side, across, side), np.nan)
-    found[:, top, :, left] = seen.view(B, side, side).double().cpu().numpy()
-    return found.reshape(B, across * side, across * side)
+    maps = np.full((B, across, side, across, side), np.nan)
+    maps[:, top, :, left] = seen.view(B, side, side).double().cpu().numpy()
+    return maps.reshape(B, across * side, across * side)
 
 
 @contextmanager

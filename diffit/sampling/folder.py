@@ -63,8 +63,8 @@ class SampleFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 manifest = self.read_manifest()
-                found = manifest.get("settings")
-                what = "no manifest says how" if found is None else difference(found, settings, defaults=defaults)
+                old = manifest.get("settings")
+                what = "no manifest says how" if old is None else difference(old, settings, defaults=defaults)
             except ValueError:
                 manifest, what = {}, f"{MANIFEST} is damaged and does not say how"
             if what:

@@ -93,10 +93,14 @@ def generate(task: SampleTask) -> Path:
                     path = folder.merge(with_labels=conditional)
                 folder.discard_shards()
                 if not folder.read_manifest().get("complete"):
+                    on_cuda, packages = device.type == "cuda", ("torch", "diffusers", "timm", "numpy")
+                    machine = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
+                    versions = {"diffit": diffit.__version__, "python": platform.python_version()}
+                    versions |= {name: version(name) for name in packages}
                     content = {"settings": settings, "complete": True, "samples": path.name}
                     content |= {"num_samples": config.num_samples, "seconds_per_image": seconds_per_image}
-                    content |= _circumstances(device, world) | {"checkpoint": as_tree(task.checkpoint)}
-                    folder.write_manifest(content)
+                    content |= {"made_on": machine, "processes": world.size, "versions": versions}
+                    folder.write_manifest(content | {"checkpoint": as_tree(task.checkpoint)})
                 return path
 
             return distributed.on_main(world, finish)
@@ -109,17 +113,6 @@ def _guide(checkpoint: CheckpointConfig) -> tuple[str | None, str | None]:
         return None, None
     path = found[0].path
     return str(path) if path and path.is_file() else name, found[0].sha256()
-
-
-def _circumstances(device: torch.device, world: World) -> dict[str, Any]:
-    """What the manifest says of machine and packages."""
-    packages = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
-    on_cuda = device.type == "cuda"
-    return {
-        "processes": world.size,
-        "made_on": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
-        "versions": {"diffit": diffit.__version__, "python": platform.python_version()} | packages,
-    }
 
 
 def _sample_missing(
@@ -185,9 +178,7 @@ def _batches(missing: Sequence[int], batch_size: int) -> Iterator[range]:
 
     A resumed run thus repeats the very batches that an undisturbed one has, and their arithmetic.
     """
-    start = 0
-    for position in range(1, len(missing) + 1):
-        ends = position == len(missing) or missing[position] != missing[position - 1] + 1
-        if ends or missing[position] % batch_size == 0:
-            yield range(missing[start], missing[position - 1] + 1)
-            start = position
+    # Consecutive numbers grow as their positions do.
+    for _, group in itertools.groupby(enumerate(missing), lambda pair: (pair[1] - pair[0], pair[1] // batch_size)):
+        numbers = [number for _, number in group]
+        yield range(numbers[0], numbers[-1] + 1)

@@ -103,7 +103,7 @@ class ImageSampler:
         """The sampler of a network in eval mode, which is moved to the device.
 
         Args:
-            config: what its checkpoint says; `load_model` returns both.
+            config: its checkpoint's config; `load_model` returns both.
             precision: of matrix products; see `resolve_precision`.
             fast: replace the network's blocks by faster ones, in place.
             compile: compile network and VAE; see `resolve_compile`.
@@ -258,7 +258,7 @@ def sample_images(
 
     Args:
         model: a network in eval mode.
-        config: what its checkpoint says; `load_model` returns both.
+        config: its checkpoint's config; `load_model` returns both.
         num_samples: N.
         seed: sample i depends on (seed, i) and the settings alone.
         class_labels: numbers or names of classes, repeated in turn; drawn at random per sample by default.

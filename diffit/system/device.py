@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffit.config import Precision
 from diffit.system.files import first_line
 
-# What PyTorch and the system say when memory has run out, of errors that have no kind of their own.
+# Words of PyTorch and the system in errors without a class of their own when memory has run out.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "ALLOC_FAILED", "out of memory")
 _LOST_WORKER = "DataLoader worker (pid"
 
@@ -33,13 +33,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def to_device(values: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    """What the CPU has, as a tensor on the device; pinned on the way, so that the copy does not wait for the device."""
+    """Values on the CPU as a tensor on the device; pinned on the way, so that the copy does not wait for the device."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def set_matmul_precision(precision: Precision) -> None:
-    """Let float32 products use TF32 tensor cores, or not; both settings of PyTorch speak."""
+    """Let float32 products of matrices and convolutions use TF32 tensor cores, or not."""
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
@@ -64,7 +64,7 @@ def autocast(model: nn.Module, device: torch.device, precision: Precision) -> An
 
 @contextlib.contextmanager
 def explained_memory(advice: str) -> Iterator[None]:
-    """Says by ValueError that memory has run out, of the GPU or the machine, and what to do."""
+    """Turn an error of memory that has run out, of the GPU or the machine, into a ValueError that ends in advice."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:

@@ -22,7 +22,7 @@ from diffit.system.ranks import World, detect_world
 
 T = TypeVar("T")
 
-# For rank 0 alone to download, encode or look at images, and for ranks that sample at their own pace, all wait long.
+# Timeout of waits that may take hours: rank 0 downloads or encodes, or ranks sample at different speeds.
 _PATIENCE = timedelta(days=7)
 _GRACE = 10.0  # seconds from the end of rank 0 or the launcher to that of the other ranks
 
@@ -48,7 +48,7 @@ def start(device: torch.device, minutes: float = 10.0) -> World:
 
 @contextlib.contextmanager
 def explained_timeout() -> Iterator[None]:
-    """Around collectives of `start`'s patience: says in a sentence that another rank did not come."""
+    """Turn the timeout of a collective, after the minutes that `start` was given, into a ValueError of one sentence."""
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's have no kind of their own for it

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import io
 import json
 import os
@@ -21,13 +20,14 @@ from typing import IO, Any
 import numpy as np
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.utils import logging
+from huggingface_hub.utils.sha import sha_fileobj
 from numpy.typing import NDArray
 
 from diffit.system.console import warn
 
 try:
     import fcntl
-except ImportError:  # Windows has no record locks: two commands in one folder are not told apart there
+except ImportError:  # Windows has no record locks: two commands can write to one folder there
     fcntl = None  # type: ignore[assignment]
 
 
@@ -153,11 +153,8 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal, read piece by piece."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def as_tree(config: Any) -> dict[str, Any]:
@@ -207,14 +204,14 @@ def write_failure(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet_hub(wanted: str | None) -> Iterator[None]:
-    """Say what is wanted of the Hub, if anything: it may take half a minute to fail. Silence its own logs and warnings.
+def quiet_hub(name: str | None) -> Iterator[None]:
+    """Print the name that is looked up on the Hub, which may take half a minute to fail; silence its logs and warnings.
 
-    Progress bars of downloads stay. What goes wrong is raised, and said once by the caller.
+    Progress bars of downloads stay. Errors are raised, for the caller to explain.
     """
-    if wanted is not None:
+    if name is not None:
         hint = "on this disk alone: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "HF_HUB_OFFLINE=1: on this disk alone"
-        warn(f"looking for {wanted} on the Hugging Face Hub ({hint})")
+        warn(f"looking for {name} on the Hugging Face Hub ({hint})")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
