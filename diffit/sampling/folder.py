@@ -214,7 +214,7 @@ def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
     with explained_write(f"to {folder}", f"{_ADVICE}, it continues from here"):
         folder.mkdir(exist_ok=True)
         for offset, image in enumerate(images):
-            _save_png(folder / f"{first + offset:06d}.png", picture(image))
+            save_png(folder / f"{first + offset:06d}.png", picture(image))
 
 
 def picture(image: NDArray[np.uint8]) -> Image.Image:
@@ -224,10 +224,11 @@ def picture(image: NDArray[np.uint8]) -> Image.Image:
 
 def save_grid(path: Path, images: Sequence[NDArray[np.uint8]], titles: Sequence[str]) -> None:
     """Write `draw_grid` as a PNG file."""
-    _save_png(path, draw_grid(images, titles))
+    save_png(path, draw_grid(images, titles))
 
 
-def _save_png(path: Path, image: Image.Image) -> None:
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write a picture as a PNG file, whole or not at all."""
     with open_atomically(path) as file:
         image.save(file, "PNG")
 

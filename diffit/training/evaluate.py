@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from diffit.diffusion.config import SAMPLERS, SamplingConfig
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images, share
-from diffit.sampling.folder import draw_grid, first_of_grid, png_bytes, save_grid
+from diffit.sampling.folder import draw_grid, first_of_grid, save_grid, save_png
 from diffit.sampling.images import ImageSampler, fitting_sampler
 from diffit.system.files import write_atomically
 from diffit.training.config import TrainConfig
@@ -65,7 +65,7 @@ class Previews:
         chosen = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), 12))]
         tiles = [first_of_grid(path, self.pictures.config.image_size) for path in chosen]
         strip = draw_grid(tiles, [f"step {int(path.stem)}" for path in chosen], columns=len(tiles))
-        write_atomically(self.folder / "strip.png", png_bytes(strip))
+        save_png(self.folder / "strip.png", strip)
 
     def _classes(self) -> list[int]:
         count = self.pictures.config.network.num_classes
