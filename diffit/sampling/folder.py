@@ -153,7 +153,8 @@ class SampleFolder:
                     with np.load(file) as shard:
                         images, labels = shard["images"], shard["labels"]
                     shape = shape or images.shape[1:]
-                    if images.shape != (count, *shape) or labels.shape != (count,):
+                    kinds = (images.dtype, labels.dtype)
+                    if images.shape != (count, *shape) or labels.shape != (count,) or kinds != (np.uint8, np.int64):
                         raise ValueError("other samples than its name says")
                 except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                     raise ValueError(f"{file} is damaged: delete it and run the same command again") from error

@@ -31,6 +31,7 @@ from diffit.diffusion.config import SKIP_BELOW, changed_sampling, check_process
 from diffit.diffusion.samplers import Sampler, SamplerState
 from diffit.models.fast import compiled, compiles, fast_precision, prepare_for_sampling
 from diffit.sampling.labels import class_names, resolve_labels
+from diffit.settings import Range, check_setting
 from diffit.system.device import autocast, product_dtype, resolve_device, to_device
 
 Callback = Callable[[int, int, Tensor], Any]
@@ -242,7 +243,7 @@ def sample_images(
     num_samples: int = 16,
     *,
     seed: int = 0,
-    class_labels: Sequence[int | str] | int | str | None = None,
+    class_labels: Sequence[int | str] | Tensor | NDArray[Any] | int | str | None = None,
     sampler: str | None = None,
     num_sampling_steps: int | str | None = None,
     cfg_scale: float | None = None,
@@ -276,8 +277,8 @@ def sample_images(
     Raises:
         ValueError: in one sentence, if a setting does not fit the model, or there is no such class.
     """
-    if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
+    for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
+        check_setting(name, int, Range(at_least=1), number)
     if model.training:
         raise ValueError("the model is in training mode, in which labels are dropped: call model.eval() first")
     classes = resolve_labels(class_labels, class_names(config))

@@ -135,7 +135,11 @@ def test_a_gap_is_refused(folder, hidden):
 
 @pytest.mark.parametrize(
     ("of", "what"),
-    [*itertools.product(("shard", "file"), ("cut", "flipped", "not an archive")), ("shard", "short")],
+    [
+        *itertools.product(("shard", "file"), ("cut", "flipped", "not an archive")),
+        ("shard", "short"),
+        ("shard", "other numbers"),
+    ],
 )
 def test_a_damaged_file_costs_no_sample(folder, of, what):
     """It is named; shards go only when the file of all samples has been read back whole."""
@@ -145,6 +149,8 @@ def test_a_damaged_file_costs_no_sample(folder, of, what):
     content = bytearray(path.read_bytes())
     if what == "short":
         np.savez(path, images=images_of(0, 3), labels=labels_of(0, 5))
+    elif what == "other numbers":
+        np.savez(path, images=images_of(0, 5) / np.float32(255), labels=labels_of(0, 5))
     else:
         middle = len(content) // 2
         damaged = {"cut": content[:middle], "not an archive": b"<html>"}

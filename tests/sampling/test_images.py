@@ -72,6 +72,12 @@ def test_one_class_may_stand_alone(checkpoints):
     model, config = load_model(checkpoints["latent"])
     assert sample_images(model, config, 2, class_labels="Night owl")[1].tolist() == [2, 2]
     assert sample_images(model, config, 2, class_labels=1)[1].tolist() == [1, 1]
+    for zero in (0, "0", [0], (0,), np.int64(0), np.array(0), np.array([0]), torch.tensor(0), torch.tensor([[0]])):
+        assert sample_images(model, config, 4, class_labels=zero, num_sampling_steps=2)[1].tolist() == 4 * [0]
+    for name in ("num_samples", "batch_size"):
+        for number in (0, -1, 1.5, float("nan"), "2", True):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                sample_images(model, config, **{name: number})
 
 
 def test_a_model_without_classes(tmp_path):
