@@ -97,7 +97,9 @@ class ImageFiles:
 
     def _open(self, index: int) -> IO[bytes]:
         if self.places is None or self.read is None:
-            return open(self.root / self.names[index], "rb")
+            # Without waiting: a pipe of a picture's name would never be written to, and is empty then.
+            wait_not = getattr(os, "O_NONBLOCK", 0)
+            return open(self.root / self.names[index], "rb", opener=lambda path, flags: os.open(path, flags | wait_not))
         return io.BytesIO(self.read(*self.places[index].tolist()))
 
     def headers(self, most: int = 1000) -> list[tuple[int, int, int]]:
@@ -334,7 +336,7 @@ def _places(path: Path, infos: Sequence[zipfile.ZipInfo]) -> NDArray[np.int64]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # left behind by macOS and by Synology
 
 
 def _top(root: Path, names: list[str]) -> str:

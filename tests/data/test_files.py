@@ -70,7 +70,7 @@ def test_wrapping_folders_and_splits_are_seen_through(tmp_path):
 
 
 def test_nested_and_hidden_files(tmp_path):
-    write_pictures(tmp_path, {"cat/young": 1, "cat": 1, "dog": 1, ".thumbs": 2, "__MACOSX/cat": 1})
+    write_pictures(tmp_path, {"cat/young": 1, "cat": 1, "dog": 1, ".thumbs": 2, "__MACOSX/cat": 1, "@eaDir": 1})
     (tmp_path / "readme.txt").write_text("words")
     files = image_files(tmp_path)
     assert files.names == ("cat/000.png", "cat/young/000.png", "dog/000.png")

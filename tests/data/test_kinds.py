@@ -1,6 +1,7 @@
 """Pictures as people have them: depths, modes, suffixes, splits, dataset.json. All who read them see the same ramp."""
 
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -295,3 +296,12 @@ def test_counts_that_disagree_are_refused(tmp_path):
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + np.array([3], ">i4").tobytes() + bytes(3))
     with pytest.raises(ValueError, match="hold 4 images and 3 labels"):
         fashion_mnist(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_of_a_pictures_name_is_refused_and_not_waited_for(tmp_path):
+    write_pictures(tmp_path, {"": 1})
+    os.mkfifo(tmp_path / "pipe.png")
+    images = open_images("folder", str(tmp_path), 8, 3)
+    _, unreadable = images.readable(range(len(images)))
+    assert [image.name for image in unreadable] == [f"{tmp_path}/pipe.png"]
