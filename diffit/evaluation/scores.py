@@ -29,7 +29,7 @@ from diffit.evaluation.statistics import (
     inception_score,
 )
 from diffit.system.console import progress
-from diffit.system.distributed import World, on_main
+from diffit.system.distributed import World, on_all, on_main
 
 Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
 _STORED = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # score -> its moments in a reference file
@@ -108,30 +108,35 @@ def collect(
     Raises:
         ValueError: if there are no images, or a feature is NaN or infinite.
     """
-    pool, probabilities, moments, spatial = [], [], Moments(), Moments()
-    show = total is not None and _world().is_main
-    with progress(title=title, show=show, total=total, unit="img", leave=False) as bar:
-        for batch in batches:
-            features = backend(batch)
-            if not np.isfinite(features.pool).all():
-                raise ValueError(f"the features ({backend.name}) of some images are NaN or infinite: check the weights")
-            pool.append(features.pool)
-            none = np.empty((len(batch), 0), np.float32)
-            probabilities.append(none if features.probabilities is None else features.probabilities)
-            moments.update(features.pool)
-            if features.spatial is not None:
-                spatial.update(features.spatial)
-            bar.update(len(batch))
-    if not pool:
-        raise ValueError("there are no images to take features of")
-    mine, world = Collected(np.concatenate(pool), np.concatenate(probabilities), moments, spatial), _world()
+    world = _world()
+
+    def collect_own() -> Collected:
+        pool, probabilities, moments, spatial = [], [], Moments(), Moments()
+        show = total is not None and world.is_main
+        with progress(title=title, show=show, total=total, unit="img", leave=False) as bar:
+            for batch in batches:
+                features = backend(batch)
+                if not np.isfinite(features.pool).all():
+                    raise ValueError(f"features ({backend.name}) of some images are NaN or infinite: check the weights")
+                pool.append(features.pool)
+                none = np.empty((len(batch), 0), np.float32)
+                probabilities.append(none if features.probabilities is None else features.probabilities)
+                moments.update(features.pool)
+                if features.spatial is not None:
+                    spatial.update(features.spatial)
+                bar.update(len(batch))
+        if not pool:
+            raise ValueError("there are no images to take features of")
+        return Collected(np.concatenate(pool), np.concatenate(probabilities), moments, spatial)
+
+    mine = on_all(world, collect_own)
     if world.size == 1:
         return mine
     parts = [mine] * world.size if world.is_main else None
     dist.gather_object(mine, parts, dst=0)
     for part in (parts or [])[1:]:
-        moments.merge(part.moments)
-        spatial.merge(part.spatial)
+        mine.moments.merge(part.moments)
+        mine.spatial.merge(part.spatial)
     if parts:
         mine.pool = np.concatenate([part.pool for part in parts])
         mine.probabilities = np.concatenate([part.probabilities for part in parts])

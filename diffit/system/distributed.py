@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -146,6 +146,24 @@ def on_main(world: World, function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def on_all(world: World, function: Callable[[], T]) -> T:
+    """Run a function on every rank; what fails on one of them is raised on all, so that none waits for it."""
+    if world.size == 1:
+        return function()
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    failures: list[Exception | None] = [None] * world.size
+    dist.all_gather_object(failures, failure, group=world.patient)
+    for each in failures:
+        if each is not None:
+            raise each
+    return result
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def create_recurring(
         distributed.barrier(world)
 
     def evaluate(scores: Callable[[], dict[str, float]] | None, logger: MetricLogger, last: bool) -> None:
-        with logger.optional("scores", f"step {state.step} could not be scored", together=True):
+        with logger.optional("scores", f"step {state.step} could not be scored", is_sharded(ema)):
             logger.scores(state.step, scores() if scores else {})
 
     return [

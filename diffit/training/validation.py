@@ -54,8 +54,9 @@ def create_validation(pictures: ImageSampler, config: TrainConfig, world: World)
     process, device = create_process(pictures.config.process_config), pictures.codec.device
 
     @torch.no_grad()
-    def validate() -> dict[str, float]:
-        found = torch.zeros(2, count, dtype=torch.float64)  # loss and t of each image
+    def own_losses() -> Tensor:
+        """Loss and t of the images of this rank's parts, 0 for the others: [2, count]."""
+        losses = torch.zeros(2, count, dtype=torch.float64)
         for part, batch in zip(own, batches, strict=True):
             x_start, noise, t, conditions = batch.to(device)
 
@@ -64,7 +65,11 @@ def create_validation(pictures: ImageSampler, config: TrainConfig, world: World)
 
             loss = process.training_losses(predict, x_start, t, noise).loss
             if part <= last:
-                found[:, part * _BATCH : part * _BATCH + len(t)] = torch.stack([loss.double(), t.double()]).cpu()
+                losses[:, part * _BATCH : part * _BATCH + len(t)] = torch.stack([loss.double(), t.double()]).cpu()
+        return losses
+
+    def validate() -> dict[str, float]:
+        found = distributed.on_all(world, own_losses)
         if world.size > 1:
             dist.all_reduce(found, group=world.patient)
         bins = np.array_split(found[0][found[1].argsort(stable=True)].numpy(), _BINS)

@@ -43,6 +43,16 @@ def main() -> None:
             seen["refused"] = "entered"
     except ValueError as error:
         seen["refused"] = str(error)
+    seen["own"] = distributed.on_all(world, lambda: world.rank)
+
+    def fail_on_one() -> dict[str, float]:
+        if world.rank == 1:
+            raise RuntimeError("odd")
+        return {}
+
+    with replaced(loop, "create_validation", lambda *others: lambda: distributed.on_all(world, fail_on_one)):
+        begin("odd", "--validation.every", "2")  # what one rank cannot score ends no run, and no rank waits for it
+    seen["odd"] = (folder / "odd/checkpoints/00000006/complete.json").exists()
     begin("long", "--steps", "50", "--save_every", "50")
     begin("ddp", "--validation.every", "3")
     more = ["--activation_checkpointing", "true", "--validation.every", "3"]

@@ -98,6 +98,11 @@ def test_shards_that_are_missing_are_named(folder, tmp_path):
         load_model(checkpoint / "state")
 
 
+def test_what_fails_on_one_rank_fails_on_all_and_ends_no_training(seen):
+    for number, rank in enumerate(seen):
+        assert (rank["own"], rank["odd"]) == (number, True)
+
+
 def test_all_ranks_share_what_rank_0_entered(seen):
     for rank in seen:
         assert (rank["entered"], rank["refused"]) == (1, "in use")  # rank 0's, everywhere
