@@ -25,7 +25,7 @@ LOGGED = ("step", "images", "lr", "loss", "grad_norm")
 def small_run(recipe, dropout, run_dir, *more):
     """A published recipe with a narrow network, small batches and few steps; all else is as published."""
     flags = ["--config", str(ROOT / "configs" / f"{recipe}.yaml")]
-    flags += ["--network", f"{{{NARROW[recipe]}, head_dim: 8, cond_dim: 32, dropout: {dropout}}}"]
+    flags += ["--network", f"{{{NARROW[recipe]}, head_dim: 8, cond_dim: 32, dropout: {dropout}, num_classes: 0}}"]
     small = "--batch_size 8 --steps 4 --save_every 2 --log_every 1 --precision fp32 --device cpu --optimizer.warmup 2"
     return train(parse_train([*flags, *small.split(), "--run_dir", str(run_dir), *more]))
 

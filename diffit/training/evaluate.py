@@ -49,7 +49,7 @@ class Previews:
         labels = self.pictures.labels(range(_IMAGES), _SEED, self._classes())
         return list(self.pictures.draw(range(_IMAGES), labels, _SEED).cpu().numpy())
 
-    def save(self, images: list[NDArray[np.uint8]], step: int) -> Path:
+    def show(self, images: list[NDArray[np.uint8]], step: int) -> Path:
         """Write the grid of samples of a step, and renew latest.png and strip.png."""
         names, classes = self.pictures.config.class_names, self._classes()
         titles = [names[label] if label < len(names) else str(label) for label in classes or range(_IMAGES)]

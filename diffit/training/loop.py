@@ -137,7 +137,7 @@ def create_recurring(
             images = previews.draw() if world.is_main or together else []
         with logger.optional("preview", failed):
             if world.is_main and images:
-                path = previews.save(images, state.step)
+                path = previews.show(images, state.step)
                 logger.info(f"preview of step {state.step}: {path}")
                 logger.image(state.step, "samples", path)
         distributed.barrier(world)

@@ -42,8 +42,11 @@ def test_a_flat_folder_makes_an_unconditional_model(tmp_path, latent):
 
 
 def test_pixels_of_a_folder(tmp_path):
-    trained = run(tmp_path, f"{PIXELS} --codec.factor 1", write_pictures(tmp_path / "images", {"cat": 3, "dog": 2}))
-    assert (trained.network.num_classes, trained.class_names) == (0, ())  # an unconditional size stays so
+    images = write_pictures(tmp_path / "images", {"cat": 3, "dog": 2})
+    trained = run(tmp_path / "with", f"{PIXELS} --codec.factor 1", images)
+    assert (trained.network.num_classes, trained.class_names) == (2, ("cat", "dog"))  # of every size
+    trained = run(tmp_path / "without", f"{PIXELS} --codec.factor 1 --network.num_classes 0", images)
+    assert (trained.network.num_classes, trained.class_names) == (0, ())
 
 
 def test_a_label_beyond_the_classes_is_refused(tmp_path):
