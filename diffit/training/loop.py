@@ -133,8 +133,11 @@ def create_recurring(
     def preview(logger: MetricLogger, last: bool) -> None:
         together = is_sharded(ema)  # all ranks take part in sampling from a sharded network
         images, failed = [], f"the preview of step {state.step} could not be made"
-        with logger.optional("preview", failed, together):
-            images = previews.draw() if world.is_main or together else []
+        with logger.optional("preview", failed):
+            if together:
+                images = distributed.on_all(world, previews.draw)
+            elif world.is_main:
+                images = previews.draw()
         with logger.optional("preview", failed):
             if world.is_main and images:
                 path = previews.show(images, state.step)
