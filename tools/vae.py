@@ -33,7 +33,7 @@ from diffit.data.files import find_pictures
 from diffit.evaluation.fashion import FEATURES, bundled_reference
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.statistics import Moments, frechet_distance
-from diffit.sampling.folder import save_grid
+from diffit.sampling.folder import draw_grid, save_png
 from diffit.system.console import progress
 
 BATCH_SIZE, LR = 256, 2e-3
@@ -130,7 +130,7 @@ def score_vae(args: argparse.Namespace) -> None:
             right += int((features.probabilities.argmax(1) == data.labels[part]).sum())
         else:
             originals.update(backend(images).pool)
-    save_grid(args.out, pairs, ["original", "reconstructed"] * (len(pairs) // 2))
+    save_png(args.out, draw_grid(pairs, ["original", "reconstructed"] * (len(pairs) // 2)))
     real = bundled_reference(backend) if bundled else None
     mean, covariance = (real.mean, real.covariance) if real else (originals.mean, originals.covariance())
     scores = {"images": len(data), "psnr": -10 * float(np.log10(max(np.mean(squares), 1e-10)))}

@@ -21,12 +21,11 @@ from torchvision.ops import Conv2dNormActivation
 
 from diffit.checkpoint.resolve import BUNDLED
 from diffit.data.datasets import FASHION_CLASSES
-from diffit.evaluation.features import Backend
+from diffit.evaluation.features import CLASSIFIER, Backend
 from diffit.evaluation.scores import Reference, Scores, score_images, share
 
-CLASSIFIER = Path(__file__).parents[1] / "bundled/fashion_classifier.safetensors"
 REFERENCE = CLASSIFIER.with_name("fashion_reference.npz")
-FEATURES = f"{__name__}:{CLASSIFIER}"  # as --features names it
+FEATURES = "fashion"  # as --features names it
 
 
 class FashionClassifier(nn.Module):

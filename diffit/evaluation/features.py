@@ -6,7 +6,7 @@ A classifier joins in by a Python module with one function, as `inception.py` ha
         -> callable (images: uint8 tensor [B, H, W, C] on that device) -> (features [B, D], probabilities [B, K])
 
 It is named `--features module:path`: an importable module or a .py file, and the checkpoint to hand to it, which may be
-left out. Without probabilities, (features,), there is no Inception Score. `NAMED` modules have a short name.
+left out. Without probabilities, (features,), there is no Inception Score. Those in `NAMED` have a short name.
 Letters: B images of a batch, D features, K classes, S spatial features.
 """
 
@@ -31,7 +31,8 @@ from diffit.evaluation.reader import Images
 from diffit.system.files import first_line, sha256
 
 INCEPTION = "inception-2015"
-NAMED = {"dinov2": "diffit.evaluation.dinov2"}
+CLASSIFIER = Path(__file__).parents[1] / "bundled/fashion_classifier.safetensors"
+NAMED = {"dinov2": "diffit.evaluation.dinov2", "fashion": f"diffit.evaluation.fashion:{CLASSIFIER}"}
 Extract = Callable[[Tensor], Sequence[Any]]
 _INCEPTION: dict[str, Callable[[Path, torch.device], Extract]] = {
     "torch": inception.load_features,
@@ -84,7 +85,13 @@ def create_backend(
     folders = [cache_folder(), Path(torch.hub.get_dir()) / "checkpoints"]  # the second one is torch-fidelity's
     converted = [folder / INCEPTION_STATE for folder in folders if (folder / INCEPTION_STATE).is_file()]
     if weights is None and (kind == "tensorflow" or (cache_folder() / INCEPTION_GRAPH).is_file() or not converted):
-        path = cached(INCEPTION_GRAPH)
+        try:
+            path = cached(INCEPTION_GRAPH)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; or do without Inception: --features fashion (bundled, for 32x32 images), --features "
+                "dinov2:FILE (a copy of its weights) or --features MODULE[:FILE] (a network of your own)"
+            ) from error
     else:
         path = Path(weights or converted[0])
         if not path.is_file():
@@ -108,7 +115,8 @@ def to_rgb(images: Tensor) -> Tensor:
 def _classifier(spec: str, device: torch.device) -> Backend:
     """The backend of 'module' or 'module:path' (see above)."""
     module, _, path = spec.partition(":")
-    module = NAMED.get(module, module)
+    module, _, usual = NAMED.get(module, module).partition(":")
+    path = path or usual
     if path and not Path(path).is_file():
         raise FileNotFoundError(f"--features {spec}: the checkpoint {path} does not exist")
     try:

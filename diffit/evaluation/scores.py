@@ -35,9 +35,9 @@ Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
 _STORED = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # score -> its moments in a reference file
 
 
-def _metric(label: str, needs: str = "") -> Any:
-    """A score under the label with which it is printed; `needs` explains why one that is expected is not there."""
-    return field(default=None, metadata={"label": label, "needs": needs})
+def _metric(label: str, needs: str = "", digits: int = 4) -> Any:
+    """A score: its label, what it needs where it is expected and not there, and its decimals in a table."""
+    return field(default=None, metadata={"label": label, "needs": needs, "digits": digits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class Scores:
     """The accuracy and the five numbers of ADM, in its order; None where one is not defined or was left out."""
 
     accuracy: float | None = _metric("Classified as asked")  # by the classifier, where the labels are its classes
-    inception_score: float | None = _metric("Inception Score", "class probabilities")
-    fid: float = _metric("FID")
+    inception_score: float | None = _metric("Inception Score", "class probabilities", digits=2)
+    fid: float = _metric("FID", digits=2)
     kid: float | None = _metric("KID")
-    sfid: float | None = _metric("sFID", "Inception's spatial features")
+    sfid: float | None = _metric("sFID", "Inception's spatial features", digits=2)
     precision: float | None = _metric("Precision", "more than 3 samples")  # in half precision, as published numbers are
     recall: float | None = _metric("Recall", "more than 3 samples")
     precision_exact: float | None = None  # with distances in float32
@@ -64,6 +64,7 @@ class Scores:
 
 LABELS: dict[str, str] = {each.name: each.metadata["label"] for each in fields(Scores) if each.metadata}
 NEEDS: dict[str, str] = {each.name: each.metadata["needs"] for each in fields(Scores) if each.metadata}
+DIGITS: dict[str, int] = {each.name: each.metadata["digits"] for each in fields(Scores) if each.metadata}
 
 
 @dataclass

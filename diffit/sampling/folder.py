@@ -223,11 +223,6 @@ def picture(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def save_grid(path: Path, images: Sequence[NDArray[np.uint8]], titles: Sequence[str]) -> None:
-    """Write `draw_grid` as a PNG file."""
-    save_png(path, draw_grid(images, titles))
-
-
 def save_png(path: Path, image: Image.Image) -> None:
     """Write a picture as a PNG file, whole or not at all."""
     with open_atomically(path) as file:

@@ -24,7 +24,7 @@ from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import find_guide
 from diffit.checkpoint.weights import load_weights
 from diffit.sampling.config import SampleConfig, SampleTask
-from diffit.sampling.folder import GRID, SampleFolder, save_grid, save_pngs
+from diffit.sampling.folder import GRID, SampleFolder, draw_grid, save_png, save_pngs
 from diffit.sampling.images import ImageSampler, fitting_sampler, resolve_compile, resolve_precision
 from diffit.sampling.labels import class_names, resolve_labels
 from diffit.settings import SAME, settings_that
@@ -89,7 +89,7 @@ def generate(task: SampleTask) -> Path:
                     pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
                     shown = list(itertools.islice(pairs, _GRID_IMAGES))
                     titles = [names[y] if y < len(names) else f"{number}" for number, (_, y) in enumerate(shown)]
-                    save_grid(folder.path / GRID, [image for image, _ in shown], titles)
+                    save_png(folder.path / GRID, draw_grid([image for image, _ in shown], titles))
                     path = folder.merge(with_labels=conditional)
                 folder.discard_shards()
                 if not folder.read_manifest().get("complete"):

@@ -162,25 +162,32 @@ def as_tree(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def difference(
-    old: dict[str, Any],
-    new: dict[str, Any],
+def differing(
+    trees: Sequence[dict[str, Any]],
     free: Collection[str] = (),
     prefix: str = "",
     defaults: dict[str, Any] | None = None,
-) -> str:
-    """The settings that differ, but for the free ones, as 'seed: 0, now 1; guidance.scale: 1.5, now 4.4'.
+) -> dict[str, list[Any]]:
+    """Dotted names of the settings that are not the same in all trees, each with its value in every tree.
 
-    What the old ones lack has its default: they may have been written before there was such a setting.
+    The free ones are left out. What a tree lacks has its default: it may be older than the setting.
     """
-    parts, defaults = [], defaults or {}
-    for key in sorted(key for key in {*old, *new} if f"{prefix}{key}" not in free):
-        a, b = old.get(key, defaults.get(key)), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            parts.append(difference(a, b, free, f"{prefix}{key}.", defaults.get(key)))
-        elif a != b:
-            parts.append(f"{prefix}{key}: {a}, now {b}")
-    return "; ".join(part for part in parts if part)
+    found, defaults = dict[str, list[Any]](), defaults or {}
+    for key in sorted({key for tree in trees for key in tree if f"{prefix}{key}" not in free}):
+        values: list[Any] = [tree.get(key, defaults.get(key)) for tree in trees]
+        if all(isinstance(value, dict) for value in values):
+            found |= differing(values, free, f"{prefix}{key}.", defaults.get(key))
+        elif any(value != values[0] for value in values):
+            found[f"{prefix}{key}"] = values
+    return found
+
+
+def difference(
+    old: dict[str, Any], new: dict[str, Any], free: Collection[str] = (), defaults: dict[str, Any] | None = None
+) -> str:
+    """`differing` in words, as 'seed: 0, now 1; guidance.scale: 1.5, now 4.4'."""
+    found = differing([old, new], free, defaults=defaults)
+    return "; ".join(f"{name}: {before}, now {now}" for name, (before, now) in found.items())
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from diffit.diffusion.config import SAMPLERS, SamplingConfig
 from diffit.evaluation.features import create_backend
 from diffit.evaluation.scores import load_reference, score_images, share
-from diffit.sampling.folder import draw_grid, first_of_grid, save_grid, save_png
+from diffit.sampling.folder import draw_grid, first_of_grid, save_png
 from diffit.sampling.images import ImageSampler, fitting_sampler
 from diffit.system.files import write_atomically
 from diffit.training.config import TrainConfig
@@ -55,7 +55,7 @@ class Previews:
         titles = [names[label] if label < len(names) else str(label) for label in classes or range(_IMAGES)]
         path = self.folder / f"{step:08d}.png"
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_grid(path, images, titles)
+        save_png(path, draw_grid(images, titles))
         write_atomically(self.folder / "latest.png", path.read_bytes())
         self._save_strip()
         return path

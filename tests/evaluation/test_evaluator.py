@@ -176,6 +176,69 @@ def test_a_folder_and_a_zip_score_as_the_npz(files, tmp_path, pictures, monkeypa
     assert scores[0] == scores[1] == scores[2]
 
 
+def sample_folder(path, images, **settings):
+    """What sample.py leaves: images and, beside them, how they were made."""
+    path.mkdir(parents=True)
+    np.savez(path / f"samples_{len(images)}x32x32x1.npz", arr_0=images)
+    (path / "manifest.json").write_text(json.dumps({"settings": settings, "complete": True}))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::diffit.evaluation.statistics.SingularCovarianceWarning")
+def test_several_samples_in_one_table(files, tmp_path, pictures, monkeypatch, capsys):
+    """The scores are those of each alone; only settings that differ are shown, '-' where none are known."""
+    monkeypatch.chdir(ROOT)
+    common = {"seed": 0, "sampling": {"sampler": "ddim", "eta": 0.5}}
+    noisy = pictures[:90] // 2 + np.random.default_rng(0).integers(0, 99, (90, 32, 32, 1), dtype=np.uint8)
+    given = [
+        sample_folder(tmp_path / "noisy", noisy, **common, num_samples=90, weights_sha256="0123456789abcdef"),
+        sample_folder(tmp_path / "runs/like", pictures[:90], **common, num_samples=90, weights_sha256="f" * 64),
+        files[1],
+        sample_folder(tmp_path / "other", 255 - pictures[:90], **common | {"seed": 1}, weights_sha256="f" * 64),
+    ]
+    report, alone = tmp_path / "scores.json", {}
+    for path in given:
+        assert evaluator_main([str(files[0]), str(path), *FEATURES, "--json", str(report)]) == 0
+        alone[str(path)] = json.loads(report.read_text())
+    capsys.readouterr()
+    command = [str(files[0]), "--compare", *map(str, given), *FEATURES, "--json", str(report)]
+    assert evaluator_main(command) == 0
+    printed, found = capsys.readouterr(), json.loads(report.read_text())
+    lines = [line.split() for line in printed.out.rpartition("\n\n")[2].splitlines()]
+    assert " ".join(lines[0]) == "FID Inception Score Precision Recall count seed weights_sha256 samples"
+    ranked = sorted(given, key=lambda path: alone[str(path)]["fid"])
+    assert ranked[0] == given[1]
+    settings = {given[0]: ["0", "0123456789ab"], given[1]: ["0", "f" * 12], given[3]: ["1", "f" * 12]}
+    for path, line, row in zip(ranked, lines[1:], found["compared"], strict=True):
+        one = alone[str(path)]
+        scores = [
+            f"{one['fid']:.2f}",
+            f"{one['inception_score']:.2f}",
+            *(f"{one[k]:.4f}" for k in ("precision", "recall")),
+        ]
+        assert line == [*scores, str(one["count"]), *settings.get(path, ["-", "-"]), one["samples"]]
+        assert {name: one[name] for name in row if name != "settings"} == {
+            k: v for k, v in row.items() if k != "settings"
+        }
+        assert row["settings"]["weights_sha256"] in (None, "0123456789abcdef", "f" * 64)
+    assert "the samples differ in number" in printed.err
+
+
+def test_what_cannot_be_compared_is_one_sentence(files, tmp_path, pictures, capsys):
+    (tmp_path / "unfinished/png").mkdir(parents=True)
+    (tmp_path / "unfinished/manifest.json").write_text('{"settings": {}, "complete": false}')
+    broken = sample_folder(tmp_path / "broken", pictures)
+    (broken / "manifest.json").write_text("{")
+    for paths, words in (
+        ([tmp_path / "unfinished"], "unfinished holds unfinished samples: run its sample.py command again"),
+        ([broken], "manifest.json is damaged"),
+        ([tmp_path / "absent"], "absent does not exist"),
+        ([files[1], "--log_dir", tmp_path], "leave SAMPLES, --log_dir and --self_test out"),
+    ):
+        assert words in error_of(capsys, files[0], "--compare", *paths, *FEATURES)
+    assert "leave SAMPLES, " in error_of(capsys, *files, "--compare", files[1], *FEATURES)
+
+
 @pytest.mark.parametrize("value", ["0", "-3", "x", "1.5"])
 def test_a_batch_size_that_cannot_be(files, value, capsys):
     with pytest.raises(SystemExit):
@@ -275,6 +338,22 @@ def test_stored_statistics_of_other_features_are_not_used(files, pictures, monke
     reference = load_reference(files[0], create_backend(features=CLASSIFIER), manifold=False)
     assert reference.mean.shape == (128,)
     assert reference.origin == ("FID: statistics of the 100 images of reference.npz",)
+
+
+def test_without_inception_it_is_said_what_works_offline(files, tmp_path, monkeypatch, capsys):
+    """And what is said first does work."""
+    monkeypatch.setenv("DIFFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setitem(downloads.URLS, downloads.INCEPTION_GRAPH, "http://127.0.0.1:9/graph.pb")
+    out = str(tmp_path / "out.npz")
+    with pytest.raises(SystemExit, match="2"):
+        make_reference([str(files[1]), out, "--device", "cpu"])
+    error = capsys.readouterr().err
+    for words in ("--features fashion", "--features dinov2:FILE", "--features MODULE[:FILE]"):
+        assert words in error
+    assert make_reference([str(files[1]), out, "--device", "cpu", "--features", "fashion"]) == 0
+    with np.load(out) as made:
+        assert str(made["features"]) == create_backend(features=CLASSIFIER).name
 
 
 def test_wrong_sources_are_refused(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from diffit.sampling.folder import SampleFolder, draw_grid, picture, save_grid
+from diffit.sampling.folder import SampleFolder, draw_grid, picture, save_png
 from diffit.system.files import difference
 from tests.conftest import ROOT
 
@@ -223,7 +223,7 @@ def test_a_full_disk(tmp_path, step):
 def test_grid(tmp_path):
     from PIL import Image
 
-    save_grid(tmp_path / "grid.png", images_of(0, 10) * 25, [f"a rather long title {i}" for i in range(10)])
+    save_png(tmp_path / "grid.png", draw_grid(images_of(0, 10) * 25, [f"a rather long title {i}" for i in range(10)]))
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
     present = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
     assert {(25 * i,) * 3 for i in range(10)} <= present
