@@ -90,7 +90,7 @@ class VAECodec:
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         parts = latents.split(max(1, _PIXELS_AT_ONCE // pixels))
         parts = [(z / self._scale + self._mean).to(self.vae.dtype) for z in parts]
-        return torch.cat([to_uint8(self.vae.decode(z).sample) for z in parts])
+        return torch.cat([to_uint8(self.vae.decode(z).sample, rounded=False) for z in parts])
 
 
 def draw_latents(moments: Tensor, noise: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class PixelCodec:
 
     def decode(self, pixels: Tensor) -> Tensor:
         """pixels: [B, C, H, W]. Returns uint8 images [B, H, W, C]."""
-        return to_uint8(pixels)
+        return to_uint8(pixels, rounded=True)
 
 
 Codec = VAECodec | PixelCodec
@@ -143,15 +143,19 @@ def create_codec(
     return PixelCodec(device)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; truncated, not rounded, as the published samples were.
+def to_uint8(x: Tensor, rounded: bool) -> Tensor:
+    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C].
+
+    Pixels are rounded, up from a half, as in EDM. What a VAE decodes is truncated, as in the release, with which the
+    published scores were made: images are half a grey level darker, a quirk that is kept.
 
     Raises:
         ValueError: if a value is not finite.
     """
     if not x.isfinite().all():
         raise ValueError("an image is not finite: use a smaller guidance scale, more bits, or intact weights")
-    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    values = x * 127.5 + 128 if rounded else (x + 1) * 127.5
+    return values.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def vae_config(reference: str) -> dict[str, Any]:

@@ -3,15 +3,31 @@
 import pytest
 import torch
 
-from diffit.codec import CodecConfig, VAECodec, to_uint8
+from diffit.codec import CodecConfig, PixelCodec, VAECodec, to_uint8
 from tests.small_models import save_small_vae
 
 CPU = torch.device("cpu")
 
 
-def test_uint8_truncates():
+def test_what_a_vae_decodes_is_truncated():
     x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0 / 127.5 * 0.999, 0.9999, 1.0, 3.0]).view(1, 1, 1, -1)
-    assert to_uint8(x).flatten().tolist() == [0, 0, 127, 191, 128, 254, 255, 255]
+    assert to_uint8(x, rounded=False).flatten().tolist() == [0, 0, 127, 191, 128, 254, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixels_are_rounded_as_in_edm(dtype):
+    """By EDM's formula: to the nearest level, up from a half; every level comes back from the network's side."""
+    x = torch.linspace(-1.2, 1.2, 10_001, dtype=dtype).view(1, 1, 73, 137)
+    decoded = PixelCodec().decode(x)
+    assert torch.equal(decoded, (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+    assert (decoded.double() - ((x.double() + 1) * 127.5).clip(0, 255).permute(0, 2, 3, 1)).abs().max() <= 0.5 + 1e-4
+    halves = (torch.arange(255, dtype=torch.float64) + 0.5) / 127.5 - 1
+    assert PixelCodec().decode(torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
+    up, down = (PixelCodec().decode((halves + step).view(1, 1, 1, -1)).flatten() for step in (1e-6, -1e-6))
+    assert up.tolist() == list(range(1, 256))
+    assert down.tolist() == list(range(255))
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    assert torch.equal(PixelCodec().decode(PixelCodec().encode(levels)), levels)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +55,7 @@ def test_scaling(tmp_path, config):
     latents = codec.latents(moments, noise)
     torch.testing.assert_close(latents, (z - mean) / std * config.get("scaling_factor", 0.18215))
     decoded = codec.decode(latents)
-    assert (decoded.int() - to_uint8(codec.vae.decode(z).sample).int()).abs().max() <= 1
+    assert (decoded.int() - to_uint8(codec.vae.decode(z).sample, rounded=False).int()).abs().max() <= 1
     assert decoded.shape == images.shape
 
 
@@ -55,7 +71,7 @@ def test_a_vae_of_another_dtype_or_kind_decodes(tmp_path):
     sides = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     tiny = AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **sides)
     decoded = VAECodec(CodecConfig(factor=2), CPU, vae=tiny).decode(latents)
-    assert torch.equal(decoded, to_uint8(tiny.decode(latents / tiny.config.scaling_factor).sample))
+    assert torch.equal(decoded, to_uint8(tiny.decode(latents / tiny.config.scaling_factor).sample, rounded=False))
 
 
 @torch.no_grad()

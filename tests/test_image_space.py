@@ -12,6 +12,7 @@ from diffit.cli.sample import parse_sample
 from diffit.cli.train import parse_train
 from diffit.data.datasets import cifar10
 from diffit.models.config import model_config
+from diffit.sampling.folder import SampleFolder
 from diffit.sampling.generate import generate
 from diffit.training.loop import train
 from tests.conftest import ROOT
@@ -137,6 +138,25 @@ def sample(checkpoints, tmp_path):
             return file["arr_0"].astype(int), file.get("arr_1")
 
     return run
+
+
+def test_pixels_that_were_truncated_are_not_gone_on_with(checkpoints, tmp_path):
+    """As older versions did it, whose manifests do not say so; nor are they left for those of now."""
+    folder = tmp_path / "out"
+    task = parse_sample(f"--model_path {checkpoints[3]} --num_samples 2 --device cpu --log_dir {folder}".split())
+    with np.load(generate(task)) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["settings"].pop("conversion") == "rounded"
+    older = SampleFolder(folder, 2)
+    older.write_manifest(manifest | {"complete": False})
+    with pytest.raises(ValueError, match=r"other settings \(conversion: truncated, now rounded\): choose another"):
+        generate(task)
+    next(folder.glob("samples_*.npz")).unlink()
+    older = SampleFolder(folder, 2, older.prepare(manifest["settings"], overwrite=False))
+    older.add(0, images[:1], labels[:1])
+    with pytest.raises(ValueError, match=r"other settings \(conversion: truncated, now rounded\): choose another"):
+        generate(task)
 
 
 CHURN = "--sampling.s_churn 40 --sampling.s_min 0.05 --sampling.s_max 50 --sampling.s_noise 1.003"

@@ -29,7 +29,7 @@ from diffit.evaluation.features import INCEPTION, Backend, create_backend
 from diffit.evaluation.reader import ImageSource, open_images
 from diffit.evaluation.scores import DIGITS, LABELS, NEEDS, Reference, Scores, load_reference, score_images, share
 from diffit.evaluation.statistics import SingularCovarianceWarning
-from diffit.sampling.folder import MANIFEST, SampleFolder
+from diffit.sampling.folder import MANIFEST, OLDER, SampleFolder
 from diffit.system.console import say, warn
 from diffit.system.device import resolve_device
 from diffit.system.distributed import World, joined, main_first, on_main
@@ -196,7 +196,8 @@ def _settings(files: Sequence[ImageSource]) -> list[dict[str, Any]]:
     """The settings in which the manifests beside the files differ, for each file; None where it has no manifest."""
     trees = [SampleFolder(file.path.parent, file.count).read_manifest().get("settings") for file in files]
     known = [number for number, tree in enumerate(trees) if tree]
-    found = differing([tree for tree in trees if tree], free={"num_samples"})  # which is a column of its own
+    free = {"num_samples"}  # which is a column of its own
+    found = differing([tree for tree in trees if tree], free, defaults=OLDER)
     values = {name: dict(zip(known, each, strict=True)) for name, each in found.items()}
     return [{name: each.get(number) for name, each in values.items()} for number in range(len(files))]
 

@@ -26,6 +26,7 @@ from diffit.system.files import difference, explained_write, npz_member, open_at
 
 MANIFEST = "manifest.json"
 GRID = "grid.png"
+OLDER = {"conversion": "truncated"}  # settings that older manifests lack
 _GAP, _TITLE_HEIGHT = 8, 20  # pixels
 _ADVICE = "free some space and run the same command again"
 
@@ -54,7 +55,7 @@ class SampleFolder:
         Args:
             settings: of the samples, a tree of plain values.
             overwrite: replace samples of other settings.
-            defaults: values of the settings that an older manifest lacks, a tree alike.
+            defaults: values of the settings that an older manifest lacks beside those of `OLDER`, a tree alike.
 
         Raises:
             ValueError: if it holds samples of other settings and overwrite is False, or cannot be written.
@@ -64,7 +65,11 @@ class SampleFolder:
             try:
                 manifest = self.read_manifest()
                 old = manifest.get("settings")
-                what = "no manifest says how" if old is None else difference(old, settings, defaults=defaults)
+                what = (
+                    "no manifest says how"
+                    if old is None
+                    else difference(old, settings, defaults=OLDER | (defaults or {}))
+                )
             except ValueError:
                 manifest, what = {}, f"{MANIFEST} is damaged and does not say how"
             if what:

@@ -23,6 +23,7 @@ import diffit
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.checkpoint.resolve import find_guide
 from diffit.checkpoint.weights import load_weights
+from diffit.config import PIXELS
 from diffit.sampling.config import SampleConfig, SampleTask
 from diffit.sampling.folder import GRID, SampleFolder, draw_grid, save_png, save_pngs
 from diffit.sampling.images import ImageSampler, fitting_sampler, resolve_compile, resolve_precision
@@ -58,6 +59,7 @@ def generate(task: SampleTask) -> Path:
 
     # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
     settings = {key: value for key, value in as_tree(config).items() if key in settings_that(SAME, SampleConfig)}
+    settings |= {"conversion": "rounded" if checkpoint.codec.vae == PIXELS else "truncated"}  # see `to_uint8`
     settings |= {"vae": checkpoint.codec.vae, "device": device.type, "precision": precision, "compile": compile}
     defaults = as_tree(SampleConfig()) | {
         "precision": resolve_precision(None, config.fast, device),

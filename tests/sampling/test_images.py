@@ -65,7 +65,7 @@ def test_the_callback_sees_every_state(checkpoints):
     assert [(step, steps) for step, steps, _ in seen] == 2 * [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [len(x) for _, _, x in seen] == [2] * 4 + [1] * 4
     last = torch.cat([seen[3][2], seen[7][2]]).permute(0, 2, 3, 1)
-    np.testing.assert_array_equal(images, ((last + 1) * 127.5).clamp(0, 255).to(torch.uint8).numpy())
+    np.testing.assert_array_equal(images, (last * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy())
 
 
 def test_one_class_may_stand_alone(checkpoints):
