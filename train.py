@@ -1,6 +1,6 @@
 """Train a DiffiT: python train.py --config configs/fashion_mnist.yaml"""
 
-from diffit.cli.run import train
+from diffit.cli.run import imported
 
 if __name__ == "__main__":
-    train()
+    raise SystemExit(imported("diffit.cli.train:main")())

@@ -10,9 +10,9 @@ Letters: B images of a batch.
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("diffit.benchmark:main")
+    raise SystemExit(imported("diffit.benchmark:main")())
 
 import argparse
 import copy

@@ -13,9 +13,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("diffit.cli.pipeline:main")
+    raise SystemExit(imported("diffit.cli.pipeline:main")())
 
 import json
 import os

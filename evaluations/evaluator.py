@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from diffit.cli.run import evaluate
+from diffit.cli.run import imported
 
 if __name__ == "__main__":
-    evaluate()
+    raise SystemExit(imported("diffit.cli.evaluate:main")())

@@ -13,9 +13,9 @@ Settings of train.py may follow it, for all variants alike: run ... --steps 500 
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("ablations:main")
+    raise SystemExit(imported("ablations:main")())
 
 import argparse
 import json

@@ -11,9 +11,9 @@ Windowed networks look within a window; the rest of the picture is left white.
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("attention_maps:main")
+    raise SystemExit(imported("attention_maps:main")())
 
 import argparse
 from collections.abc import Sequence

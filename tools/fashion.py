@@ -8,9 +8,9 @@ reference   make the reference, of the real images as the bundled classifier see
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("fashion:main")
+    raise SystemExit(imported("fashion:main")())
 
 import argparse
 import io

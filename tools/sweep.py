@@ -12,9 +12,9 @@ scores that differ by less than two of them are called alike. The same command g
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("sweep:main")
+    raise SystemExit(imported("sweep:main")())
 
 import argparse
 import contextlib

@@ -8,9 +8,9 @@ Without --data.path the images are those of Fashion-MNIST, seen by its bundled c
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("vae:main")
+    raise SystemExit(imported("vae:main")())
 
 import argparse
 import json

@@ -8,9 +8,9 @@ docs/verify.md says what the numbers mean.
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("verify:main")
+    raise SystemExit(imported("verify:main")())
 
 import argparse
 import json

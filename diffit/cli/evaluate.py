@@ -8,9 +8,9 @@ model are compared with a bundled reference, beside real images. Under torchrun 
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("diffit.cli.evaluate:main")
+    raise SystemExit(imported("diffit.cli.evaluate:main")())
 
 import argparse
 import json

@@ -1,6 +1,6 @@
 """How a command ends: with one sentence where the user can help, one line where it was interrupted, else a traceback.
 
-Nothing is imported here that takes time: from `start` on, Ctrl-C is one line even while PyTorch is imported.
+Nothing is imported here that takes time: in `imported`, Ctrl-C is one line even while PyTorch is imported.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import pkgutil
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from diffit.system.console import warn
@@ -45,11 +44,6 @@ def fail(message: str) -> NoReturn:
 
 
 @one_sentence()
-def start(command: str) -> NoReturn:
-    """Import the function `module:name` of a command, call it, and end the program with the code that it returns."""
-    raise SystemExit(pkgutil.resolve_name(command)() or 0)
-
-
-sample, train, evaluate, app = (
-    partial(start, f"diffit.cli.{name}:main") for name in ("sample", "train", "evaluate", "app")
-)
+def imported(command: str) -> Callable[[], int | None]:
+    """The function `module:name` of a command, which returns its exit code."""
+    return pkgutil.resolve_name(command)

@@ -10,9 +10,9 @@ Letters: n images of a shard, B of a batch, F flips, S image side, C its channel
 from __future__ import annotations
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("diffit.cli.encode:main")
+    raise SystemExit(imported("diffit.cli.encode:main")())
 
 import hashlib
 import json

@@ -114,7 +114,9 @@ class SampleFolder:
         write_atomically(self.path / MANIFEST, json.dumps(content, indent=2).encode())
 
     def missing(self) -> list[int]:
-        """Numbers of the samples that no shard holds yet, ascending."""
+        """Numbers of the samples that neither the .npz nor a shard holds yet, ascending."""
+        if self.finished():
+            return []
         done = {index for first, count, _ in self._sorted_shards() for index in range(first, first + count)}
         return [index for index in range(self.num_samples) if index not in done]
 

@@ -33,7 +33,6 @@ from diffit.system import distributed
 from diffit.system.console import progress
 from diffit.system.device import explained_memory, resolve_device, set_matmul_precision
 from diffit.system.files import as_tree, exclusive
-from diffit.system.ranks import World
 
 _GRID_IMAGES = 36
 
@@ -44,68 +43,95 @@ def generate(task: SampleTask) -> Path:
     Raises:
         ValueError: in one sentence, for everything that a user can correct.
     """
-    config, checkpoint, device = task.config, task.resolved, resolve_device(task.config.device)
+    config, device = task.config, resolve_device(task.config.device)
     precision = resolve_precision(config.precision, config.fast, device)
     compile = resolve_compile(config.compile, config.fast, device)
     set_matmul_precision(precision)
-    names, null_label = class_names(checkpoint), checkpoint.network.num_classes
-    classes = resolve_labels(config.class_labels, names)
-    conditional = config.class_cond and null_label > 0
-    if not conditional:
-        classes = [null_label]
-        if checkpoint.guidance.guide is None:  # null labels cannot be guided towards
-            checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, enabled=False))
+    checkpoint, classes = _conditions(task)
     fitting_sampler(checkpoint)  # refuses before weights are fetched
-
-    # All that a sample depends on beside its number. The weights are fetched and hashed once, by rank 0.
-    settings = {key: value for key, value in as_tree(config).items() if key in settings_that(SAME, SampleConfig)}
-    settings |= {"conversion": "rounded" if checkpoint.codec.vae == PIXELS else "truncated"}  # see `to_uint8`
-    settings |= {"vae": checkpoint.codec.vae, "device": device.type, "precision": precision, "compile": compile}
-    defaults = as_tree(SampleConfig()) | {
-        "precision": resolve_precision(None, config.fast, device),
-        "compile": resolve_compile(None, config.fast, device),
-    }
     folder = SampleFolder(Path(config.log_dir or f"logs/{checkpoint.model}"), config.num_samples)
-    with distributed.joined(device) as world:
-        # Of a run that goes on, all ranks take the checkpoint that rank 0 found to be the newest.
-        source, settings["weights_sha256"] = distributed.on_main(world, lambda: (task.source, task.source.sha256()))
-        name, sha256 = distributed.on_main(world, lambda: _guide(checkpoint))
-        checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, guide=name))
-        del settings["guidance"]["guide"]  # as for the network, the weights' own hash is compared
-        settings |= {"guide_sha256": sha256} if sha256 else {}
-        with distributed.main_only(world, exclusive(folder.path)):
-            folder.key = distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite, defaults))
-            seconds_per_image = None  # unknown where nothing was left to sample
-            if folder.finished() is None:
-                model = load_weights(source.fetch(), task.checkpoint).requires_grad_(False)
-                pictures = ImageSampler.create(
-                    model, checkpoint, device, precision=precision, fast=config.fast, compile=compile
-                )
-                seconds_per_image = _sample_missing(pictures, config, classes, folder, world, compile)
+    less_memory = f"use a smaller --batch_size than {config.batch_size}, the samples stay the same"
+    with distributed.joined(device) as world, distributed.main_only(world, exclusive(folder.path)):
+        # Weights are fetched and hashed once, by rank 0; of a run that goes on, all take what is the newest to it.
+        source, sha256 = distributed.on_main(world, lambda: (task.source, task.source.sha256()))
+        guide, guide_sha256 = distributed.on_main(world, lambda: _guide(checkpoint))
+        checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, guide=guide))
+        settings = _settings(config, vae=checkpoint.codec.vae, precision=precision, compile=compile)
+        settings |= {"device": device.type, "weights_sha256": sha256}
+        settings |= {"conversion": "rounded" if checkpoint.codec.vae == PIXELS else "truncated"}  # see `to_uint8`
+        settings |= {"guide_sha256": guide_sha256} if guide_sha256 else {}
+        defaults = as_tree(SampleConfig()) | {
+            "precision": resolve_precision(None, config.fast, device),
+            "compile": resolve_compile(None, config.fast, device),
+        }
+        folder.key = distributed.on_main(world, lambda: folder.prepare(settings, config.overwrite, defaults))
+        missing = distributed.on_main(world, folder.missing)
+        seconds_per_image = None  # unknown where nothing is left to sample
+        if missing:
+            model = load_weights(source.fetch(), task.checkpoint).requires_grad_(False)
+            pictures = ImageSampler.create(
+                model, checkpoint, device, precision=precision, fast=config.fast, compile=compile
+            )
+            mine = list(_batches(missing, config.batch_size))[world.rank :: world.size]  # every size-th batch
+            start, done, count = time.monotonic(), 0, sum(map(len, mine))
+            share = f" (rank 0 of {world.size})" if world.size > 1 else ""
+            bar = progress(title=f"sampling{share}", show=world.is_main, unit="step")
+            with explained_memory(less_memory), bar, _background() as write:
+                for indices in mine:
+                    drawn = indices
+                    if compile:  # a graph is compiled for one shape: a short batch is filled up
+                        drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
+                    labels = pictures.labels(drawn, config.seed, classes)
+                    for state in pictures.states(drawn, labels, config.seed):
+                        bar.total = len(mine) * state.num_steps
+                        bar.update()
+                    write(_save, folder, config, indices, pictures.codec.decode(state.x), labels)
+                    done += len(indices)
+                    bar.set_postfix_str(f"{done}/{count} images", refresh=False)
+            distributed.barrier(world)
+            seconds_per_image = round((time.monotonic() - start) / len(missing), 4)
+        made = {"settings": settings, "seconds_per_image": seconds_per_image, "processes": world.size}
+        return distributed.on_main(world, lambda: _finish(folder, task, made))
 
-            def finish() -> Path:
-                """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""
-                folder.check_owner()
-                path = folder.finished()
-                if path is None:
-                    pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
-                    shown = list(itertools.islice(pairs, _GRID_IMAGES))
-                    titles = [names[y] if y < len(names) else f"{number}" for number, (_, y) in enumerate(shown)]
-                    save_png(folder.path / GRID, draw_grid([image for image, _ in shown], titles))
-                    path = folder.merge(with_labels=conditional)
-                folder.discard_shards()
-                if not folder.read_manifest().get("complete"):
-                    on_cuda, packages = device.type == "cuda", ("torch", "diffusers", "timm", "numpy")
-                    machine = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
-                    versions = {"diffit": diffit.__version__, "python": platform.python_version()}
-                    versions |= {name: version(name) for name in packages}
-                    content = {"settings": settings, "complete": True, "samples": path.name}
-                    content |= {"num_samples": config.num_samples, "seconds_per_image": seconds_per_image}
-                    content |= {"made_on": machine, "processes": world.size, "versions": versions}
-                    folder.write_manifest(content | {"checkpoint": as_tree(task.checkpoint)})
-                return path
 
-            return distributed.on_main(world, finish)
+def _conditions(task: SampleTask) -> tuple[CheckpointConfig, list[int]]:
+    """The checkpoint's config as it is sampled from, and the classes that are repeated in turn."""
+    config, checkpoint = task.config, task.resolved
+    classes = resolve_labels(config.class_labels, class_names(checkpoint))
+    if config.class_cond and checkpoint.network.num_classes:
+        return checkpoint, classes
+    if checkpoint.guidance.guide is None:  # null labels cannot be guided towards
+        checkpoint = replace(checkpoint, guidance=replace(checkpoint.guidance, enabled=False))
+    return checkpoint, [checkpoint.network.num_classes]
+
+
+def _settings(config: SampleConfig, **resolved: Any) -> dict[str, Any]:
+    """All that a sample depends on beside its number, as a tree; weights are compared by their hash, not by name."""
+    settings = {key: value for key, value in as_tree(config).items() if key in settings_that(SAME, SampleConfig)}
+    del settings["guidance"]["guide"]
+    return settings | resolved
+
+
+def _finish(folder: SampleFolder, task: SampleTask, made: dict[str, Any]) -> Path:
+    """Grid, .npz, manifest: each appears whole, and a run killed in between makes the rest."""
+    folder.check_owner()
+    names, config = class_names(task.checkpoint), task.config
+    path = folder.finished()
+    if path is None:
+        pairs = ((image, label) for shard in folder.stream() for image, label in zip(*shard, strict=True))
+        shown = list(itertools.islice(pairs, _GRID_IMAGES))
+        titles = [names[y] if y < len(names) else f"{number}" for number, (_, y) in enumerate(shown)]
+        save_png(folder.path / GRID, draw_grid([image for image, _ in shown], titles))
+        path = folder.merge(with_labels=config.class_cond and task.checkpoint.network.num_classes > 0)
+    folder.discard_shards()
+    if not folder.read_manifest().get("complete"):
+        on_cuda = made["settings"]["device"] == "cuda"
+        machine = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
+        versions = {name: version(name) for name in ("torch", "diffusers", "timm", "numpy")}
+        versions |= {"diffit": diffit.__version__, "python": platform.python_version()}
+        made |= {"complete": True, "samples": path.name, "num_samples": config.num_samples}
+        folder.write_manifest(made | {"made_on": machine, "versions": versions, "checkpoint": as_tree(task.checkpoint)})
+    return path
 
 
 def _guide(checkpoint: CheckpointConfig) -> tuple[str | None, str | None]:
@@ -115,38 +141,6 @@ def _guide(checkpoint: CheckpointConfig) -> tuple[str | None, str | None]:
         return None, None
     path = found[0].path
     return str(path) if path and path.is_file() else name, found[0].sha256()
-
-
-def _sample_missing(
-    pictures: ImageSampler,
-    config: SampleConfig,
-    classes: Sequence[int],
-    folder: SampleFolder,
-    world: World,
-    compiled: bool,
-) -> float | None:
-    """Fill the folder; returns the seconds per image, compilation included, or None if no image was missing."""
-    # Every rank takes every n-th batch of those that are missing.
-    missing = distributed.on_main(world, folder.missing)
-    mine = list(_batches(missing, config.batch_size))[world.rank :: world.size]
-    share = f" (rank 0 of {world.size})" if world.size > 1 else ""
-    bar = progress(title=f"sampling{share}", show=world.is_main, unit="step")
-    start, done, count = time.monotonic(), 0, sum(map(len, mine))
-    less_memory = f"use a smaller --batch_size than {config.batch_size}, the samples stay the same"
-    with explained_memory(less_memory), bar, _background() as write:
-        for indices in mine:
-            drawn = indices
-            if compiled:  # a graph is compiled for one shape: a short batch is filled up
-                drawn = range(indices[0], indices[0] + min(config.batch_size, config.num_samples))
-            labels = pictures.labels(drawn, config.seed, classes)
-            for state in pictures.states(drawn, labels, config.seed):
-                bar.total = len(mine) * state.num_steps
-                bar.update()
-            write(_save, folder, config, indices, pictures.codec.decode(state.x), labels)
-            done += len(indices)
-            bar.set_postfix_str(f"{done}/{count} images", refresh=False)
-    distributed.barrier(world)
-    return round((time.monotonic() - start) / len(missing), 4) if missing else None
 
 
 @contextlib.contextmanager
