@@ -22,14 +22,14 @@ from diffit.system.ranks import detect_world
 from diffit.training.config import TrainConfig
 
 _STABILITY = STABILITY_VAE.format("ema")
-_LAPTOP = {"steps": 8000, "batch_size": 16, "ema_decay": 0.998, "precision": "fp32", "optimizer.lr": 2e-3}
+_LAPTOP = {"steps": 12_000, "batch_size": 16, "ema_decay": 0.998, "precision": "fp32", "optimizer.lr": 2e-3}
 _GPU = {"steps": 20_000, "batch_size": 128, "ema_decay": 0.9995, "precision": "bf16", "optimizer.lr": 3e-4}
 _BOTH = {
     **{"optimizer.schedule": "cosine", "optimizer.grad_clip": 1.0, "optimizer.warmup": 100},
     **{"process": "flow", "flow.time_distribution": "logit_normal"},
     **{"sampling.sampler": "heun", "sampling.num_sampling_steps": 20},
 }
-_GUIDED = {"guidance.scale": 2.0, "guidance.schedule": "constant", "guidance.channels": "all"}
+_GUIDED = {"guidance.schedule": "constant", "guidance.channels": "all"}
 
 
 def choose_settings(pictures: ImageFiles, given: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -61,7 +61,8 @@ def choose_settings(pictures: ImageFiles, given: Mapping[str, Any], device: str)
         network = small | sizes | network
     if given.get("process", "flow") != "flow":  # whose sampler and settings are others
         chosen = {key: value for key, value in chosen.items() if key.partition(".")[0] not in ("flow", "sampling")}
-    guidance = _GUIDED if network.get("num_classes", len(pictures.class_names)) else {}
+    classes = network.get("num_classes", len(pictures.class_names))
+    guidance = _GUIDED | {"guidance.scale": 2.0 if on_gpu else 3.0} if classes else {}
     return chosen | guidance | dict(given) | {"network": network}
 
 

@@ -21,7 +21,7 @@ from diffit.sampling.images import ImageSampler, fitting_sampler
 from diffit.system.files import write_atomically
 from diffit.training.config import TrainConfig
 
-_IMAGES, _SEED, _STEPS = 16, 0, 20
+_IMAGES, _SEED, _STEPS = 16, 0, 10
 
 
 class Previews:

@@ -4,6 +4,7 @@ python -m torch.distributed.run --nproc_per_node=2 tests/training/hang.py FOLDER
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -14,6 +15,7 @@ from tests.training.runs import run
 
 def hang(state, *others):
     if os.environ["RANK"] == "1" and state.step == 2:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it with torchrun, which would wait for 30 s
         time.sleep(60)
     return train_step(state, *others)
 
