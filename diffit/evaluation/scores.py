@@ -104,7 +104,7 @@ def collect(
 ) -> Collected:
     """Run the backend over this rank's batches of uint8 images [B, H, W, C]; total: their N, for a progress bar.
 
-    What is returned holds the images of all ranks, in their order, on rank 0; elsewhere those of the rank alone.
+    Moments are those of the images of all ranks; the rest is so on rank 0, in their order, and elsewhere of its own.
 
     Raises:
         ValueError: if there are no images, or a feature is NaN or infinite.
@@ -131,16 +131,13 @@ def collect(
         return Collected(np.concatenate(pool), np.concatenate(probabilities), moments, spatial)
 
     mine = on_all(world, collect_own)
-    if world.size == 1:
-        return mine
-    parts = [mine] * world.size if world.is_main else None
-    dist.gather_object(mine, parts, dst=0)
-    for part in (parts or [])[1:]:
-        mine.moments.merge(part.moments)
-        mine.spatial.merge(part.spatial)
-    if parts:
-        mine.pool = np.concatenate([part.pool for part in parts])
-        mine.probabilities = np.concatenate([part.probabilities for part in parts])
+    if world.size > 1:
+        for moments in (mine.moments, mine.spatial) if mine.spatial.count else (mine.moments,):
+            moments.merge(lambda array: dist.all_reduce(torch.from_numpy(array.ravel("K"))))  # in place
+        parts: Any = [None] * world.size if world.is_main else None
+        dist.gather_object((mine.pool, mine.probabilities), parts, dst=0)
+        if parts:
+            mine.pool, mine.probabilities = map(np.concatenate, zip(*parts, strict=True))
     return mine
 
 

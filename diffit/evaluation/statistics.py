@@ -6,6 +6,7 @@ Letters: N samples, D features, K classes. All arithmetic is float64.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class SingularCovarianceWarning(UserWarning):
 
 
 class Moments:
-    """Mean and covariance of a stream of features, batch by batch; two of them merge (Chan et al. 1979).
+    """Mean and covariance of a stream of features, batch by batch, or of parts of it in ranks (Chan et al. 1979).
 
     What is added up are outer products of centred features, so no digits are lost to a large mean.
 
@@ -42,29 +43,25 @@ class Moments:
         if not self.count:
             self.mean = np.zeros(batch.shape[1])
             self._scatter = np.zeros((batch.shape[1],) * 2, order="F")
-        mean = batch.mean(axis=0)
-        # The step from the old mean to the batch's counts like one more centred sample.
-        step = self._step(mean, len(batch))
-        rows = np.vstack([batch - mean, step])
-        self._scatter = scipy.linalg.blas.dsyrk(1.0, rows.T, beta=1.0, c=self._scatter, overwrite_c=True)
-
-    def _step(self, mean: Floats, count: int) -> Floats:
-        """Move on to the mean of all with `count` more around another mean; returns that step, to be squared."""
-        total = self.count + count
+        mean, total = batch.mean(axis=0), self.count + len(batch)
         shift = mean - self.mean
-        weight = np.sqrt(self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
-        self.count = total
-        return shift * weight
+        # The step from the old mean to the batch's counts like one more centred sample.
+        rows = np.vstack([batch - mean, shift * np.sqrt(self.count * len(batch) / total)])
+        self._scatter = scipy.linalg.blas.dsyrk(1.0, rows.T, beta=1.0, c=self._scatter, overwrite_c=True)
+        self.count, self.mean = total, self.mean + shift * (len(batch) / total)
 
-    def merge(self, other: Moments) -> None:
-        """Add all that another one has seen."""
-        if not self.count:
-            self.count, self.mean, self._scatter = other.count, other.mean, other._scatter.copy(order="F")
-        elif other.count:
-            step = self._step(other.mean, other.count)
-            self._scatter += other._scatter
-            self._scatter += np.triu(np.outer(step, step))
+    def merge(self, add_up: Callable[[Floats], None]) -> None:
+        """Become the moments of what all ranks have seen.
+
+        add_up: puts the sum over all ranks, each of which calls it, into an array; so none holds the matrix of another.
+        """
+        sums = np.append(self.mean, 1.0) * self.count
+        add_up(sums)
+        mean = sums[:-1] / sums[-1]
+        step = np.sqrt(self.count) * (self.mean - mean)  # this rank's samples are now centred around the mean of all
+        self._scatter = scipy.linalg.blas.dsyr(1.0, step, a=self._scatter, overwrite_a=True)
+        add_up(self._scatter)
+        self.count, self.mean = round(sums[-1]), mean
 
     def covariance(self) -> Floats:
         """The unbiased covariance [D, D].

@@ -1,14 +1,16 @@
-"""Scores from features: standard errors against repeated sampling, features without probabilities."""
+"""Scores from features: those of two ranks, standard errors against repeated sampling, features without probabilities."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from diffit.evaluation.features import Backend
 from diffit.evaluation.manifold import kernel_distance
-from diffit.evaluation.scores import Reference, both_radii, score_images
+from diffit.evaluation.scores import Reference, both_radii, collect, score_images
 
 
 def gaussian(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
@@ -51,3 +53,33 @@ def test_features_without_probabilities_give_all_but_the_inception_score(referen
     assert plain.inception_score is None
     assert plain.kid == pytest.approx(kernel_distance(reference.pool, samples))
     assert dataclasses.replace(plain, inception_score=full.inception_score, kid=None) == full
+
+
+WITH_SPATIAL = Backend("stored", torch.device("cpu"), lambda x: (x, x.softmax(dim=1), x[:, :4].double() / 1000 + 100))
+
+
+def collect_part(rank: int, folder: Path) -> None:
+    """What each of two ranks does, of 100 images the first 30 or the others."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    own = gaussian(1, 100)[[slice(30), slice(30, None)][rank]]
+    found = collect(np.array_split(own, 3), WITH_SPATIAL)
+    moments = {name: getattr(found, name) for name in ("moments", "spatial")}
+    assert [each.count for each in moments.values()] == [100, 100]
+    rows = {name: np.vstack([each.mean, each.covariance()]) for name, each in moments.items()}
+    np.savez(folder / f"{rank}.npz", pool=found.pool, probabilities=found.probabilities, **rows)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_collect_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(collect_part, [tmp_path], nprocs=2)
+    features = gaussian(1, 100)
+    spatial = WITH_SPATIAL(features).spatial
+    for rank in range(2):
+        found = np.load(tmp_path / f"{rank}.npz")
+        for name, seen in (("moments", features), ("spatial", spatial)):
+            seen = seen.astype(np.float64)
+            np.testing.assert_allclose(found[name][0], seen.mean(0), rtol=1e-12)
+            np.testing.assert_allclose(found[name][1:], np.cov(seen, rowvar=False), rtol=1e-9, atol=1e-14)
+        if rank == 0:
+            np.testing.assert_array_equal(found["pool"], features)
+            np.testing.assert_allclose(found["probabilities"], torch.from_numpy(features).softmax(1), rtol=1e-6)
