@@ -143,17 +143,22 @@ def _read_member(path: Path, offset: int, size: int, crc: int, method: int) -> b
         zipfile.BadZipFile, zlib.error: if it is damaged.
     """
     with open(path, "rb") as file:
-        file.seek(offset)
-        header = file.read(30)
-        if header[:4] != b"PK\3\4":
-            raise zipfile.BadZipFile("its header in the ZIP is damaged")
-        file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)  # behind its name and extra field
+        enter_member(file, offset)
         data = file.read(size)
     if method == zipfile.ZIP_DEFLATED:
         data = zlib.decompress(data, -zlib.MAX_WBITS)
     if zlib.crc32(data) != crc:
         raise zipfile.BadZipFile("its checksum in the ZIP is wrong")
     return data
+
+
+def enter_member(file: IO[bytes], offset: int) -> None:
+    """Go to the content of the ZIP's member whose header lies at the offset. Raises zipfile.BadZipFile if none does."""
+    file.seek(offset)
+    header = file.read(30)
+    if header[:4] != b"PK\3\4":
+        raise zipfile.BadZipFile("its header in the ZIP is damaged")
+    file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)  # behind its name and extra field
 
 
 def _size_and_time(path: Path) -> str:

@@ -8,6 +8,8 @@ Letters: N images, B of a batch, H x W x C of an image.
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffit.data.files import ImageFiles, image_files, is_grey, square_pixels
+from diffit.data.files import ImageFiles, enter_member, image_files, is_grey, square_pixels
 from diffit.system.files import first_few, first_line
 
 Images = NDArray[np.uint8]
@@ -72,18 +74,14 @@ class ImageFile:
         """Images start, ..., stop - 1 as [B, H, W, C], in order, B = size but for the last.
 
         Raises:
-            ValueError: if the file ends early, or its checksum is wrong.
+            ValueError: if all images are read, and the file's checksum is wrong.
         """
         stop = self.count if stop is None else stop
-        image_bytes = int(np.prod(self.image_shape))
-        with self._open() as (stream, _, _):
-            stream.seek(start * image_bytes, 1)
+        image_bytes = math.prod(self.image_shape)
+        with self._open(start * image_bytes) as (stream, _, _):
             for first in range(start, stop, size):
                 count = min(size, stop - first)
-                data = stream.read(count * image_bytes)
-                if len(data) < count * image_bytes:
-                    raise ValueError(f"{self.path} ends early, after {first} of {self.count} images: make it again")
-                yield np.frombuffer(data, np.uint8).reshape(count, *self.image_shape)
+                yield np.frombuffer(stream.read(count * image_bytes), np.uint8).reshape(count, *self.image_shape)
 
     def array(self, name: str) -> NDArray | None:
         """A small array of the file, or None if it has none of this name."""
@@ -96,15 +94,29 @@ class ImageFile:
             raise ValueError(f"{self.path}: cannot read array '{name}' ({error})") from error
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-        """The images' data as a stream, with its shape and type."""
-        with self._damage_named(), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+    def _open(self, skip: int = 0) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+        """The images' data as a stream, from byte `skip` on, with its shape and type."""
+        with (
+            self._damage_named(),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open("arr_0.npy") as stream,
+            open(self.path, "rb") as file,
+        ):
             major, _ = np.lib.format.read_magic(stream)
             header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = header(stream)
             if fortran_order and len(shape) > 1:
                 raise ValueError(f"{self.path}: 'arr_0' is stored in Fortran order; save np.ascontiguousarray of it")
-            yield stream, shape, dtype
+            member, start = archive.getinfo("arr_0.npy"), stream.tell()
+            if not dtype.hasobject and member.file_size < start + math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{self.path} ends before the last of {shape[0]} images: make it again")
+            if skip and member.compress_type == zipfile.ZIP_STORED:  # the archive's stream would read what it skips
+                enter_member(file, member.header_offset)
+                file.seek(start + skip, os.SEEK_CUR)
+                yield file, shape, dtype
+            else:
+                stream.seek(skip, os.SEEK_CUR)
+                yield stream, shape, dtype
 
     @contextlib.contextmanager
     def _damage_named(self) -> Iterator[None]:

@@ -180,13 +180,14 @@ class SampleFolder:
         path = self.path / f"samples_{'x'.join(map(str, shape))}.npz"
         explained = explained_write(str(path), f"{_ADVICE}; the samples are safe")
         with explained, open_atomically(path) as file, zipfile.ZipFile(file, "w") as archive:
+            labels = b""
             with npz_member(archive, "arr_0", np.dtype(np.uint8), shape) as member:
-                for images, _ in self.stream():
-                    member.write(images.tobytes())
+                for images, own in self.stream():
+                    member.write(images.data)
+                    labels += own.tobytes()
             if with_labels:
                 with npz_member(archive, "arr_1", np.dtype(np.int64), shape[:1]) as member:
-                    for _, labels in self.stream():
-                        member.write(labels.tobytes())
+                    member.write(labels)
         return path
 
     def discard_shards(self) -> None:

@@ -1,4 +1,4 @@
-"""Scores from features: those of two ranks, standard errors against repeated sampling, features without probabilities."""
+"""Scores from features: of two ranks, their standard errors by repeated sampling, and without probabilities."""
 
 import dataclasses
 from pathlib import Path
