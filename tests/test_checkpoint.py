@@ -113,6 +113,22 @@ def test_truncated_files(small, tmp_path, kept, suffix):
         load_weights(path, find_checkpoint(path=path)[1] if suffix == "safetensors" else CONFIG)
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_changed_bit_in_a_pt_file(tmp_path, checksums):
+    """torch.load takes it; files that were written without checksums are taken too."""
+    path, wrote = tmp_path / "weights.pt", torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    torch.save(random_network().state_dict(), path)
+    torch.serialization.set_crc32_options(wrote)
+    load_weights(path, CONFIG)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    if checksums:
+        with pytest.raises(ValueError, match=r"weights.pt is damaged or incomplete: copy or download it again"):
+            load_weights(path, CONFIG)
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("echo executed",)

@@ -154,20 +154,18 @@ def check_data(config: TrainConfig) -> None:
         ValueError: if no images are named, and no folder of latents is there in their place.
         FileNotFoundError: if they are not where they are said to be.
     """
-    data, run_dir = config.data, Path(config.run_dir)
-    if data.name != "folder":
-        return  # installed or downloaded, if they have no path
-    if data.path is not None:
-        root = Path(data.path).expanduser()
-        if not root.exists():
-            raise FileNotFoundError(f"there are no images at {root}: check --data.path")
-        return
-    cache = Path(data.cache).expanduser() if data.cache else run_dir / "cache"
-    if config.codec.vae == PIXELS or not cache.is_dir():
+    data = config.data
+    cache = Path(data.cache).expanduser() if data.cache else Path(config.run_dir) / "cache"
+    if data.name != "folder" or (config.codec.vae != PIXELS and cache.is_dir()):
+        return  # installed or downloaded, if they have no path; or not needed, if the cache is whole
+    if data.path is None:
         raise ValueError(
             "name the images: --data.path FOLDER_OR_ZIP; or take a recipe that brings its own, such as --config "
             "configs/debug.yaml (seconds on a CPU), configs/fashion_mnist.yaml or configs/cifar10.yaml"
         )
+    root = Path(data.path).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(f"there are no images at {root}: check --data.path")
 
 
 def _check(config: TrainConfig) -> None:

@@ -136,7 +136,8 @@ def test_data_are_asked_for_before_anything_is_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there are no images at .*nowhere: check --data.path"):
         check_data(train_config(f"--data.path {tmp_path / 'nowhere'}"))
     check_data(train_config(f"--data.path {write_pictures(tmp_path / 'mine', {'': 1})}"))
-    check_data(train_config(f"--data.cache {tmp_path}"))
+    for images in ("", f"--config {ROOT / 'configs/imagenet_256.yaml'}", f"--data.path {tmp_path / 'nowhere'}"):
+        check_data(train_config(f"{images} --data.cache {tmp_path}"))
     with pytest.raises(ValueError, match="name the images"):
         check_data(train_config(f"--model ImageDiffit-Tiny --data.cache {tmp_path}"))
     for recipe in ("debug", "fashion_mnist", "fashion_mnist_flow", "fashion_mnist_image", "cifar10"):
