@@ -9,6 +9,14 @@ GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """No test reads or writes the user's cache, nor do the commands that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden_latent() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "latent.npz"))

@@ -7,10 +7,10 @@ Letters: N images, S side, C channels (1 grey, 3 RGB).
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import os
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,9 +29,10 @@ from diffit.codec import PixelCodec
 from diffit.data.config import DataName
 from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
 from diffit.data.sampler import Key
+from diffit.system import distributed
 from diffit.system.console import progress, say
-from diffit.system.files import first_line, npy_bytes, write_atomically
-from diffit.system.ranks import detect_world
+from diffit.system.files import first_line
+from diffit.system.ranks import World, detect_world
 
 T = TypeVar("T")
 
@@ -200,36 +201,44 @@ def decode_ahead(
     return iter(DataLoader(data, batch_size=None, collate_fn=images.readable, num_workers=worker_count(workers)))
 
 
-def unreadable_images(images: ImageDataset, workers: int, folder: Path) -> list[Unreadable]:
-    """Decode all images once, and list those that cannot be.
+def unreadable_images(images: ImageDataset, workers: int, memory: Path, world: World) -> list[Unreadable]:
+    """Decode all images once, every rank its part, and list those that cannot be.
 
-    Files that could be decoded are remembered in `folder`, by name, size and time, once a minute and at the end, and
-    not looked at again.
+    Files that could be decoded are remembered in the folder `memory` by name, size and time as the work goes on, and no
+    run on them looks at them again. A folder that cannot be written to remembers nothing.
     """
-    if isinstance(images.source, ImageArrays):
+    source = images.source
+    if isinstance(source, ImageArrays):
         return []
-    memory, stamps = folder / "checked_images.npy", images.source.stamps()
-    try:
-        known = np.load(memory)
-    except (OSError, ValueError):  # none yet, or damaged: look again
-        known = np.empty(0, np.uint64)
-    good = np.isin(stamps, known)
-    fresh = np.flatnonzero(~good).tolist()
-    batches = [fresh[first : first + 64] for first in range(0, len(fresh), 64)]
-    found: list[Unreadable] = []
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = time.monotonic()
-    with progress(title="checking images", show=bool(fresh), total=len(fresh), unit="img") as bar:
-        for batch, (_, unreadable) in zip(batches, decode_ahead(images, batches, workers), strict=True):
-            found += unreadable
-            good[batch] = True
-            good[[image.index for image in unreadable]] = False
-            bar.update(len(batch))
-            if time.monotonic() - saved > 60:
-                write_atomically(memory, npy_bytes(stamps[good]))
-                saved = time.monotonic()
-    write_atomically(memory, npy_bytes(stamps[good]))
-    return found
+    file = memory / source.fingerprint()  # stamps, uint64, to which all ranks append
+
+    def fresh() -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Indices and stamps of the images that nobody has decoded yet."""
+        stamps, known = source.stamps(), np.empty(0, np.uint64)
+        with contextlib.suppress(OSError):
+            memory.mkdir(parents=True, exist_ok=True)
+            known = np.fromfile(file, np.uint64)
+        indices = np.flatnonzero(~np.isin(stamps, known))
+        return indices, stamps[indices]
+
+    own, stamps = (np.array_split(part, world.size)[world.rank] for part in distributed.on_main(world, fresh))
+    starts = range(0, len(own), 64)
+
+    def look() -> list[Unreadable]:
+        found: list[Unreadable] = []
+        decoded = decode_ahead(images, [own[first : first + 64].tolist() for first in starts], workers)
+        with progress(title="checking images", show=world.is_main and len(own) > 0, total=len(own), unit="img") as bar:
+            for first, (_, unreadable) in zip(starts, decoded, strict=True):
+                found += unreadable
+                good = ~np.isin(own[first : first + 64], [image.index for image in unreadable])
+                with contextlib.suppress(OSError), open(file, "ab") as out:
+                    # A write that a full disk cut off is filled up to whole numbers.
+                    out.write(bytes(-out.tell() % 8) + stamps[first : first + 64][good].tobytes())
+                bar.update(len(good))
+        return found
+
+    parts = distributed.gather(world, distributed.on_all(world, look))
+    return [image for part in parts for image in part]
 
 
 def worker_count(most: int) -> int:

@@ -52,7 +52,7 @@ def encode(config: EncodeConfig) -> None:
         else:
             codec = VAECodec(CodecConfig(config.vae), device)
             side, channels = config.image_size, codec.image_channels
-            images = distributed.main_first(world, lambda: open_images(data.name, data.path, side, channels))
+            images = distributed.on_main(world, lambda: open_images(data.name, data.path, side, channels))
             flip, shard_size = config.flip, config.shard_size
             cache = encode_images(images, codec, folder, data, flip=flip, world=world, shard_size=shard_size)
         if world.is_main:

@@ -46,7 +46,7 @@ from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.system import distributed
 from diffit.system.console import say, warn
 from diffit.system.distributed import World
-from diffit.system.files import check_apart
+from diffit.system.files import cache_folder, check_apart
 
 TrainingSet = PixelDataset | LatentDataset
 
@@ -167,7 +167,7 @@ def open_training_set(
         image_size: side of the images.
         channels: of the network's input.
         seed: of the draws from the VAE's posterior.
-        run_dir: folder of the run: of the latent cache, if the config names none, and of what is known of the images.
+        run_dir: folder of the run, and of the latent cache if the config names none.
         world: all ranks call this.
 
     Raises:
@@ -175,10 +175,10 @@ def open_training_set(
     """
     check_apart(run_dir, config.path, "--run_dir")
     if isinstance(codec, PixelCodec):
-        images = distributed.main_first(world, lambda: open_images(config.name, config.path, image_size, channels))
+        images = distributed.on_main(world, lambda: open_images(config.name, config.path, image_size, channels))
         if isinstance(images.source, ImageFiles):
             images = replace(images, source=in_memory(images.source))
-        unreadable = distributed.on_main(world, lambda: unreadable_images(images, config.workers, run_dir))
+        unreadable = unreadable_images(images, config.workers, cache_folder() / "checked_images", world)
         if unreadable and (not config.skip_unreadable or len(unreadable) == len(images)):
             raise UnreadableImagesError(unreadable)
         if unreadable and world.is_main:
@@ -212,9 +212,8 @@ def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path,
         return open_images(config.name, config.path, image_size, codec.image_channels)
 
     if not distributed.on_main(world, (folder / MANIFEST).exists):
-        return encode_images(
-            distributed.main_first(world, images), codec, folder, config, flip=config.flip, world=world
-        )
+        listed = distributed.on_main(world, images)
+        return encode_images(listed, codec, folder, config, flip=config.flip, world=world)
     cache = open_cache(folder)
 
     def fits() -> bool:

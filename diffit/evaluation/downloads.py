@@ -8,7 +8,6 @@ Whoever knows the right hash can put it there first. torch-fidelity's file carri
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import urllib.error
@@ -18,7 +17,7 @@ from pathlib import Path
 from tqdm.utils import CallbackIOWrapper
 
 from diffit.system.console import progress
-from diffit.system.files import exclusive, open_atomically, sha256, write_atomically
+from diffit.system.files import cache_folder, exclusive, open_atomically, sha256, write_atomically
 
 _ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
 INCEPTION_GRAPH = "classify_image_graph_def.pb"
@@ -27,12 +26,6 @@ REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.
 SELF_TEST_SAMPLES = "admnet_guided_upsampled_imagenet256.npz"
 URLS = {INCEPTION_GRAPH: f"{_ADM}{INCEPTION_GRAPH}", SELF_TEST_SAMPLES: f"{_ADM}imagenet/256/{SELF_TEST_SAMPLES}"}
 URLS |= {name: f"{_ADM}imagenet/{size}/{name}" for size, name in REFERENCES.items()}
-
-
-def cache_folder() -> Path:
-    """Where downloads live: $DIFFIT_CACHE, or diffit/ in the user's cache folder."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DIFFIT_CACHE") or Path(caches, "diffit"))
 
 
 def cached(name: str) -> Path:

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffit.evaluation import inception, inception_tensorflow
-from diffit.evaluation.downloads import INCEPTION_GRAPH, INCEPTION_STATE, cache_folder, cached, verify
+from diffit.evaluation.downloads import INCEPTION_GRAPH, INCEPTION_STATE, cached, verify
 from diffit.evaluation.reader import Images
-from diffit.system.files import first_line, sha256
+from diffit.system.files import cache_folder, first_line, sha256
 
 INCEPTION = "inception-2015"
 CLASSIFIER = Path(__file__).parents[1] / "bundled/fashion_classifier.safetensors"

@@ -50,7 +50,7 @@ class Moments:
         self._scatter = scipy.linalg.blas.dsyrk(1.0, rows.T, beta=1.0, c=self._scatter, overwrite_c=True)
         self.count, self.mean = total, self.mean + shift * (len(batch) / total)
 
-    def merge(self, add_up: Callable[[Floats], None]) -> None:
+    def merge(self, add_up: Callable[[Floats], object]) -> None:
         """Become the moments of what all ranks have seen.
 
         add_up: puts the sum over all ranks, each of which calls it, into an array; so none holds the matrix of another.

@@ -158,12 +158,18 @@ def on_all(world: World, function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:
         failure = error
-    failures: list[Exception | None] = [None] * world.size
-    dist.all_gather_object(failures, failure, group=world.patient)
-    for each in failures:
+    for each in gather(world, failure):
         if each is not None:
             raise each
     return result
+
+
+def gather(world: World, value: T) -> list[T]:
+    """The values of all ranks, on each of them."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value, group=world.patient)
+    return values
 
 
 @contextlib.contextmanager

@@ -31,6 +31,12 @@ except ImportError:  # Windows has no record locks: two commands can write to on
     fcntl = None  # type: ignore[assignment]
 
 
+def cache_folder() -> Path:
+    """Where downloads live, and what is known of images: $DIFFIT_CACHE, or diffit/ in the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DIFFIT_CACHE") or Path(caches, "diffit"))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, rename it: it is whole, or it is not there.
 

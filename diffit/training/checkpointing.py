@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as state_dicts
@@ -135,9 +134,7 @@ def _write_state(state: TrainState, folder: Path, description: CheckpointConfig,
     for name, ema in state.emas.items():
         weights = whole_state(ema.model)
         distributed.on_main(world, partial(save_checkpoint, folder / name, weights, description))
-    sums = [state.sums.tolist()] * world.size
-    if world.size > 1:
-        dist.all_gather_object(sums, state.sums.tolist(), group=world.patient)
+    sums = distributed.gather(world, state.sums.tolist())
     progress = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
     progress |= {"sums": sums, "summed": state.summed}
     distributed.on_main(world, lambda: (folder / PROGRESS_FILE).write_text(json.dumps(progress)))

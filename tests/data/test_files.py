@@ -1,18 +1,29 @@
 """Folders, ZIPs and named data sets: what is found, what is refused, and in which words."""
 
 import hashlib
-import itertools
+import json
 import os
 import pickle
 import zipfile
-from types import SimpleNamespace
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
 
-from diffit.data.datasets import UnreadableImagesError, cifar10, fitting_labels, open_images, unreadable_images
+from diffit.data.datasets import (
+    ImageDataset,
+    UnreadableImagesError,
+    cifar10,
+    fitting_labels,
+    open_images,
+    unreadable_images,
+)
 from diffit.data.files import image_files
+from diffit.system.ranks import World
 from tests.data.pictures import cut_off, write_pictures, zipped
 
 CLASSES = {"dog": 2, "cat": 3, "zebra": 1}
@@ -216,7 +227,7 @@ def test_a_link_to_nothing_is_an_unreadable_image(tmp_path):
     root = write_pictures(tmp_path / "images", {"cat": 2})
     (root / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     images = open_images("folder", str(root), 16, 3)
-    assert [image.name for image in unreadable_images(images, 0, tmp_path)] == [f"{root}/cat/gone.png"]
+    assert [image.name for image in unreadable_images(images, 0, tmp_path, World())] == [f"{root}/cat/gone.png"]
 
 
 def test_names_need_not_be_utf_8(tmp_path):
@@ -224,14 +235,12 @@ def test_names_need_not_be_utf_8(tmp_path):
     (root / "000.png").rename(os.fsdecode(os.fsencode(root) + b"/caf\xe9.png"))
     images = open_images("folder", str(root), 16, 3)
     assert len(images.source.fingerprint()) == 16
-    assert unreadable_images(images, 0, tmp_path) == []
+    assert unreadable_images(images, 0, tmp_path, World()) == []
 
 
 def test_what_was_checked_is_remembered_as_it_goes(tmp_path, monkeypatch):
-    """Interrupted in the third batch of 64, the next start looks at what is left."""
+    """Stopped in the third batch of 64, or with a memory that a full disk cut off, the next start looks at the rest."""
     images = open_images("folder", str(write_pictures(tmp_path / "images", {"": 140})), 8, 3)
-    clock = itertools.count(step=61)
-    monkeypatch.setattr("diffit.data.datasets.time", SimpleNamespace(monotonic=lambda: next(clock)))
     seen, readable = [], type(images).readable
 
     def interrupted(self, indices):
@@ -240,8 +249,43 @@ def test_what_was_checked_is_remembered_as_it_goes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return readable(self, indices)
 
+    def check():
+        return unreadable_images(images, 0, tmp_path / "memory", World())
+
     monkeypatch.setattr(type(images), "readable", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        unreadable_images(images, 0, tmp_path / "run")
-    assert unreadable_images(images, 0, tmp_path / "run") == []
-    assert seen == [64, 64, 12, 12]
+        check()
+    (memory,) = (tmp_path / "memory").iterdir()
+    for cut in (0, 3, 0):
+        os.truncate(memory, memory.stat().st_size - cut)
+        assert check() == []
+    assert seen == [64, 64, 12, 12, 1]
+
+
+def test_a_memory_that_cannot_be_written_stops_nobody(tmp_path):
+    images = open_images("folder", str(write_pictures(tmp_path / "images", {"": 2})), 8, 3)
+    (tmp_path / "file").touch()
+    assert unreadable_images(images, 0, tmp_path / "file", World()) == []
+
+
+def check_part(rank: int, root: Path) -> None:
+    """What each of two ranks does: which images it looks at, and what it knows then."""
+    dist.init_process_group("gloo", f"file://{root}/store", rank=rank, world_size=2)
+    seen, readable = [], ImageDataset.readable
+    images = open_images("folder", str(root / "images"), 8, 3)
+    with patch.object(ImageDataset, "readable", lambda self, indices: seen.extend(indices) or readable(self, indices)):
+        for _ in range(2):
+            found = unreadable_images(images, 0, root / "memory", World(rank, 2))
+            seen.append(-1)
+    (root / f"{rank}.json").write_text(json.dumps([seen, [image.index for image in found]]))
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_looking(tmp_path):
+    root = write_pictures(tmp_path / "images", {"": 9})
+    for broken in (1, 7):
+        cut_off(root / f"{broken:03d}.png")
+    torch.multiprocessing.spawn(check_part, [tmp_path], nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == [[0, 1, 2, 3, 4, -1, 1, -1], [1, 7]]
+    assert second == [[5, 6, 7, 8, -1, 7, -1], [1, 7]]

@@ -19,6 +19,7 @@ from diffit.data.loader import NoisyBatches, training_batches
 from diffit.data.sampler import BatchSampler, Key, image_flips, image_order
 from diffit.diffusion import GaussianDiffusion, create_diffusion
 from diffit.diffusion.noise import RandomStream, keyed_generator
+from diffit.system.ranks import World
 from tests.data.pictures import cut_off, write_pictures, zipped
 
 CPU = torch.device("cpu")
@@ -154,7 +155,7 @@ def test_unreadable_images_are_found_and_left_out(tmp_path):
     for name in ("cat/001.png", "dog/000.png"):
         cut_off(root / name)
     images = open_images("folder", str(root), 16, 3)
-    unreadable = unreadable_images(images, 1, tmp_path)
+    unreadable = unreadable_images(images, 1, tmp_path, World())
     assert [image.index for image in unreadable] == [1, 3]
     data = PixelDataset(images, [1, 3])
     assert data.labels.tolist() == [0, 0, 1, 1]
@@ -175,7 +176,7 @@ def test_images_are_looked_at_once(tmp_path, monkeypatch, kind):
     def check():
         path = root if kind == "folder" else zipped(root, tmp_path / "a.zip")
         looked.clear()
-        found = unreadable_images(open_images("folder", str(path), 16, 3), 0, tmp_path / "run")
+        found = unreadable_images(open_images("folder", str(path), 16, 3), 0, tmp_path / "run", World())
         return [image.index for image in found], list(looked)
 
     assert check() == ([1], ["cat/000.png", "cat/001.png", "cat/002.png", *(f"dog/00{i}.png" for i in range(3))])

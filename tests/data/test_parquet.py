@@ -95,9 +95,10 @@ def test_splits_and_damage(tmp_path):
 def test_pictures_that_cannot_be_read_are_named_and_remembered(tmp_path):
     pixels = [*PIXELS[:6], [], *PIXELS[7:9]]
     images = open_images("folder", str(write(tmp_path / "a.parquet", pixels)), 16, 3)
-    (unreadable,) = unreadable_images(images, 0, tmp_path / "run")
+    (unreadable,) = unreadable_images(images, 0, tmp_path / "run", World())
     assert unreadable.name == f"{tmp_path}/a.parquet, row group 1, row 1"
-    assert len(np.load(tmp_path / "run" / "checked_images.npy")) == 8
+    (memory,) = (tmp_path / "run").iterdir()
+    assert memory.stat().st_size == 8 * 8
 
 
 def test_pixels_are_drawn_from_memory(tmp_path, monkeypatch):
