@@ -171,7 +171,7 @@ def check_data(config: TrainConfig) -> None:
 def _check(config: TrainConfig) -> None:
     latent, pixels = isinstance(model_config(config.model, **config.network), DiffiTConfig), config.codec.vae == PIXELS
     space = "latents" if latent else "pixels"
-    fitting, rates, scored = fitting_processes(space), config.ema_rates, config.evaluation
+    fitting, rates, powers, scored = fitting_processes(space), config.ema_rates, config.ema_powers, config.evaluation
     if config.process not in fitting or latent == pixels:
         raise ValueError(f"{config.model} needs --process {' or '.join(fitting)} and a --codec.vae of {space}")
     check_process(config.process_config, config.sampling, config.guidance)
@@ -182,8 +182,8 @@ def _check(config: TrainConfig) -> None:
             f"--keep_every {config.keep_every} needs a --save_every of which it is a multiple, not "
             f"{config.save_every}: other steps have no checkpoint"
         )
-    if not rates or len(set(rates)) < len(rates):
-        raise ValueError(f"the EMAs {rates} must be at least one, and all different")
+    if not rates or len({*rates}) < len(rates) or len({*powers}) < len(powers):
+        raise ValueError(f"the EMAs {[*rates, *powers]} must be at least one, and all different")
     if scored.every and scored.reference is None:
         raise ValueError("--evaluation.every needs --evaluation.reference: make one with evaluations/make_reference.py")
     if config.validation.every and config.validation.path is None and config.data.name == "folder":

@@ -49,9 +49,10 @@ _WHOLE = state_dicts.StateDictOptions(full_state_dict=True)
 
 
 def ema_files(config: TrainConfig) -> list[str]:
-    """The file of each EMA; the first is the one to sample from."""
+    """The file of each EMA; the first is the one to sample from, those of power functions come last."""
     kind = "" if config.ema_half_life is None else "half_life_"
-    return [EMA_FILE, *(f"ema_{kind}{rate:g}.safetensors" for rate in config.ema_rates[1:])]
+    rates = [f"ema_{kind}{rate:g}.safetensors" for rate in config.ema_rates[1:]]
+    return [EMA_FILE, *rates, *(f"ema_power_{length}.safetensors" for length in config.ema_powers)]
 
 
 def save_run(
@@ -111,7 +112,10 @@ def load_run(
         )
     for name, ema in state.emas.items():
         if not (newest / name).exists():
-            raise ValueError(f"{newest} has no {name}: go on with the EMAs (--ema_decay) that it was begun with")
+            raise ValueError(
+                f"{newest} has no {name}: go on with the EMAs that it was begun with (--ema_decay, --ema_half_life, "
+                "--ema_power)"
+            )
         weights = load_weights(newest / name, found).state_dict()
         state_dicts.set_model_state_dict(ema.model, weights, options=_WHOLE)
     if (newest / STATE_FILE).exists():
@@ -124,7 +128,7 @@ def load_run(
     state.step, state.skipped = progress["step"], progress["skipped"]
     sums = torch.tensor(progress.get("sums", [[0.0] * 4]), device=device)  # [ranks, 4], of the ranks that wrote it
     state.sums = sums[world.rank] if len(sums) == world.size else sums.mean(0)
-    state.summed = progress.get("summed", 0)
+    state.summed, state.images = progress.get("summed", 0), progress.get("images", 0)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(progress["scaler"])
 
@@ -136,7 +140,7 @@ def _write_state(state: TrainState, folder: Path, description: CheckpointConfig,
         distributed.on_main(world, partial(save_checkpoint, folder / name, weights, description))
     sums = distributed.gather(world, state.sums.tolist())
     progress = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
-    progress |= {"sums": sums, "summed": state.summed}
+    progress |= {"sums": sums, "summed": state.summed, "images": state.images}
     distributed.on_main(world, lambda: (folder / PROGRESS_FILE).write_text(json.dumps(progress)))
     try:
         with _alone_is_fine():

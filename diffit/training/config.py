@@ -88,6 +88,9 @@ class TrainConfig(ProcessSettings):
         ema_decay: decay of the weight EMA; a list keeps several EMAs, of which the first is sampled from.
         ema_half_life: half-life of the weight EMA in images, in place of ema_decay; as in EDM at most 5% of the images
             seen so far.
+        ema_power: further EMAs, of power functions, of which tools/posthoc_ema.py makes EMAs of any length; their
+            relative standard deviations sigma_rel, such as 0.05 0.1. Off by default.
+        ema_snapshots: snapshots of each EMA of ema_power over the run, at least, in fp16 in RUN_DIR/snapshots.
         device: where to run; auto takes a GPU if there is one.
         precision: precision of the forward and backward pass; weights stay in fp32, and with fp16 the loss is scaled.
         compile: compile the network with torch.compile.
@@ -121,6 +124,8 @@ class TrainConfig(ProcessSettings):
     seed: int = setting(0, NOTED, at_least=0, at_most=2**64 - 1)
     ema_decay: float | list[float] = setting(0.9999, NOTED, at_least=0, below=1)
     ema_half_life: float | list[float] | None = setting(None, NOTED, above=0)
+    ema_power: float | list[float] | None = setting(None, NOTED, above=0, at_most=0.28)
+    ema_snapshots: int = setting(40, FREE, at_least=1)
     device: Device = setting("auto", NOTED)
     precision: Precision = setting("tf32", NOTED)
     compile: bool = setting(False, NOTED)
@@ -165,6 +170,16 @@ class TrainConfig(ProcessSettings):
         """The decays of the EMAs, or their half-lives if these are set; the one to sample from first."""
         given = self.ema_decay if self.ema_half_life is None else self.ema_half_life
         return given if isinstance(given, list) else [given]
+
+    @property
+    def ema_powers(self) -> list[float]:
+        """The sigma_rel of each EMA of a power function."""
+        return self.ema_power if isinstance(self.ema_power, list) else [self.ema_power] if self.ema_power else []
+
+    @property
+    def snapshot_every(self) -> int:
+        """Steps between snapshots of these; the last step has one too."""
+        return max(1, self.steps // self.ema_snapshots)
 
 
 @dataclass(frozen=True)

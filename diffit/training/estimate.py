@@ -67,7 +67,8 @@ def report(
     found = estimate(network)
     share = ranks if config.parallel == "fsdp" else 1
     # Weights, gradients, two moments of AdamW, and the EMAs, all float32.
-    fixed = 4 * found.parameters * (4 + len(config.ema_rates)) / share
+    powers = len(config.ema_powers)
+    fixed = 4 * found.parameters * (4 + len(config.ema_rates) + powers) / share
     at_once = config.batch_size / ranks / config.accumulate
     activations = found.activations * at_once / (2 if config.precision in ("bf16", "fp16") else 1)
     if config.activation_checkpointing:
@@ -82,6 +83,12 @@ def report(
         f"memory per rank, estimated: {fixed / 2**30:.2f} GiB of weights, gradients, moments and EMAs, and at "
         f"most {activations / 2**30:.2f} GiB of activations",
     ]
+    if powers:
+        count = powers * -(-config.steps // config.snapshot_every)
+        gigabytes = count * 2 * found.parameters / 2**30
+        lines.append(
+            f"snapshots for tools/posthoc_ema.py: {count} files, {gigabytes:.2f} GiB on disk (--ema_snapshots)"
+        )
     if device is not None:
         peak = measured_peak(device, config.precision)
         seconds = found.flops * config.batch_size * config.steps / ranks / peak

@@ -34,6 +34,7 @@ from diffit.training.logging import MetricLogger
 from diffit.training.parallel import apply_activation_checkpointing, is_sharded, parallelize, shard
 from diffit.training.record import record_start
 from diffit.training.recurring import Recurring
+from diffit.training.snapshots import forget_later_snapshots, save_snapshots
 from diffit.training.step import TrainState, train_step
 from diffit.training.stopping import INTERRUPTED, Stopped, StopSignals
 from diffit.training.tracker import check_tracker
@@ -113,7 +114,7 @@ def create_recurring(
     device: torch.device,
     world: World,
 ) -> list[Recurring]:
-    """Checkpoints, previews, scores and validation losses, in the order in which they come after a step.
+    """Snapshots, checkpoints, previews, scores and validation losses, in the order in which they come after a step.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence, for what pictures or scores lack: now, not after hours.
@@ -125,10 +126,17 @@ def create_recurring(
     score = create_scorer(pictures, config, device) if config.evaluation.every else None
     validate = create_validation(pictures, config, world) if config.validation.every else None
 
-    def save(logger: MetricLogger, last: bool) -> None:
+    def named() -> CheckpointConfig:
         made_by = f"{task.recipe}, {state.step} steps of {config.batch_size} images{after}"
-        named = replace(description, made_by=made_by)
-        logger.info(save_run(state, run_dir / "checkpoints", config, named, world, must=last))
+        return replace(description, made_by=made_by)
+
+    def snapshot(logger: MetricLogger, last: bool) -> None:
+        if state.step % config.snapshot_every == 0 or state.step == config.steps:  # not where a signal ends this start
+            with logger.optional("snapshot", f"the snapshots of step {state.step} could not be written"):
+                save_snapshots(state, run_dir, config, named(), world)
+
+    def save(logger: MetricLogger, last: bool) -> None:
+        logger.info(save_run(state, run_dir / "checkpoints", config, named(), world, must=last))
 
     def preview(logger: MetricLogger, last: bool) -> None:
         together = is_sharded(ema)  # all ranks take part in sampling from a sharded network
@@ -149,7 +157,10 @@ def create_recurring(
         with logger.optional("scores", f"step {state.step} could not be scored", is_sharded(ema)):
             logger.scores(state.step, scores() if scores else {})
 
+    if config.ema_powers:
+        distributed.on_main(world, partial(forget_later_snapshots, run_dir, state.step))
     return [
+        *([Recurring(snapshot, config.snapshot_every, at_end=True)] if config.ema_powers else []),
         Recurring(save, config.save_every, gap=60, at_end=True),
         Recurring(preview, config.preview_every, growth=1.2),
         Recurring(partial(evaluate, score), config.evaluation.every),

@@ -18,7 +18,7 @@ from diffit.diffusion.noise import RandomStream, keyed_generator
 from diffit.system.device import autocast
 from diffit.system.distributed import World
 from diffit.training.config import OptimizerConfig, TrainConfig
-from diffit.training.ema import EMA, ema_decays
+from diffit.training.ema import EMA, ema_decays, power_decay
 
 
 @dataclass
@@ -32,6 +32,7 @@ class TrainState:
         sums: of this rank's loss, mse, vb and gradient norm since the last line of the log [4]; of `summed` steps.
         step: how many steps are behind.
         skipped: how many of them were not taken; skipped_in_a_row: the last of them.
+        images: number of images in the steps that were taken.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class TrainState:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    images: int = 0
 
 
 def train_step(
@@ -95,7 +97,9 @@ def train_step(
             not_finite.fill_(float(skip))
     if not skip:
         state.optimizer.step()
-        for ema, decay in zip(state.emas.values(), ema_decays(config, state.step), strict=True):
+        state.images += config.batch_size
+        powers = [power_decay(length, state.images, config.batch_size) for length in config.ema_powers]
+        for ema, decay in zip(state.emas.values(), ema_decays(config, state.step) + powers, strict=True):
             ema.update(state.model, decay)
         state.sums, state.summed = state.sums + values, state.summed + 1
     state.scaler.update()

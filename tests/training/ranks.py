@@ -54,11 +54,12 @@ def main() -> None:
         begin("odd", "--validation.every", "2")  # what one rank cannot score ends no run, and no rank waits for it
     seen["odd"] = (folder / "odd/checkpoints/00000006/complete.json").exists()
     begin("long", "--steps", "50", "--save_every", "50")
-    begin("ddp", "--validation.every", "3")
-    more = ["--activation_checkpointing", "true", "--validation.every", "3"]
+    powers = ["--ema_power", "0.1"]
+    begin("ddp", "--validation.every", "3", *powers)
+    more = [*powers, "--activation_checkpointing", "true", "--validation.every", "3"]
     begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", *more)
-    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--steps", "4")
-    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6")
+    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--steps", "4", *powers)
+    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6", *powers)
     for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):
         begin(f"to_{then}", "--parallel", first, "--steps", "4")
         begin(f"to_{then}", "--parallel", then)

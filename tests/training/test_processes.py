@@ -14,6 +14,7 @@ from diffit import load_model
 from diffit.cli.train import parse_train
 from diffit.sampling.images import ImageSampler
 from diffit.system.ranks import World
+from diffit.training.snapshots import find_snapshots
 from diffit.training.validation import create_validation
 from tests.conftest import ROOT
 from tests.training.runs import TWO, log_of, run
@@ -40,7 +41,11 @@ def curve(run_dir, key="loss"):
 
 
 def weights(run_dir, file="ema.safetensors", step=6):
-    model, _ = load_model(run_dir / "checkpoints" / f"{step:08d}" / file)
+    return flat(run_dir / "checkpoints" / f"{step:08d}" / file)
+
+
+def flat(path):
+    model, _ = load_model(path)
     return np.concatenate([value.numpy().ravel() for value in model.state_dict().values()])
 
 
@@ -59,10 +64,23 @@ def test_fsdp_learns_what_ddp_does(folder):
 
 def test_fsdp_resumes_bit_for_bit(folder):
     np.testing.assert_array_equal(curve(folder / "fsdp_half"), curve(folder / "fsdp"))
-    for file in ("ema.safetensors", "ema_0.2.safetensors"):
+    for file in ("ema.safetensors", "ema_0.2.safetensors", "ema_power_0.1.safetensors"):
         np.testing.assert_array_equal(weights(folder / "fsdp_half", file), weights(folder / "fsdp", file))
     assert np.ptp(weights(folder / "fsdp") - weights(folder / "fsdp", "ema_0.2.safetensors")) > 0
     assert (folder / "fsdp_half" / "previews" / "00000006.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_take_the_snapshots_that_one_takes(folder, flags, tmp_path, kind):
+    run(flags, tmp_path, "--ema_power", "0.1")
+    one, two = find_snapshots(tmp_path), find_snapshots(folder / kind)
+    assert [snapshot[:3] for snapshot in two] == [snapshot[:3] for snapshot in one]
+    assert len(two) == 6
+    for ours, theirs in zip(two, one, strict=True):
+        np.testing.assert_allclose(flat(ours.path), flat(theirs.path), rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(
+        weights(folder / kind, "ema_power_0.1.safetensors").astype(np.float16), flat(two[-1].path)
+    )
 
 
 @pytest.fixture
