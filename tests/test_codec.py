@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffit.codec import CodecConfig, PixelCodec, VAECodec, to_uint8
+from diffit.codec import CodecConfig, PixelCodec, VAECodec, draw_latents, to_uint8
 from tests.small_models import save_small_vae
 
 CPU = torch.device("cpu")
@@ -57,6 +57,20 @@ def test_scaling(tmp_path, config):
     decoded = codec.decode(latents)
     assert (decoded.int() - to_uint8(codec.vae.decode(z).sample, rounded=False).int()).abs().max() <= 1
     assert decoded.shape == images.shape
+
+
+def test_a_posterior_of_any_variance_is_drawn_from_as_diffusers_does():
+    """Its log variance is kept within -30 and 20: beyond, a draw in half precision would be infinite."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    log_variance = torch.tensor([-1e4, -31, -30, -29, -1, 0, 2, 19, 20, 21, 22, 1e4])
+    moments = torch.stack([torch.linspace(-1, 1, 12), log_variance]).view(1, 2, 3, 4)
+    z = draw_latents(moments, torch.randn(1, 1, 3, 4, generator=torch.manual_seed(0)), torch.zeros(1), torch.ones(1))
+    expected = DiagonalGaussianDistribution(moments).sample(torch.manual_seed(0))
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=0)
+    centred = torch.cat([torch.zeros(1, 1, 3, 4), moments[:, 1:]], dim=1)
+    spread = draw_latents(centred, torch.ones(1), torch.zeros(1), torch.ones(1)).flatten().log()
+    torch.testing.assert_close(spread, torch.tensor([-15, -15, -15, -14.5, -0.5, 0, 1, 9.5, 10, 10, 10, 10]))
 
 
 @torch.no_grad()

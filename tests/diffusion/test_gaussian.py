@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffit.diffusion import create_diffusion, space_timesteps
+from diffit.diffusion.gaussian import discretized_gaussian_log_likelihood
 from tests.golden_models import relative_error
 
 SCHEDULES = ("linear", "squaredcos_cap_v2")
@@ -91,6 +92,31 @@ def test_vb_is_zero_only_for_the_true_posterior():
     assert diffusion.training_losses(lambda x, t: exact, x0, t, noise).vb.abs().max() < 1e-4
     wrong = torch.cat([noise + 1, -torch.ones_like(noise)], dim=1)
     assert diffusion.training_losses(lambda x, t: wrong, x0, t, noise).vb.min() > 1e-4
+
+
+def test_the_grey_levels_share_out_the_whole_probability():
+    """The 256 intervals cover the line: their probabilities sum to 1, however wide or far off the Gaussian is."""
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean in (-3.0, -0.999, 0.1, 1.0):
+        for log_scale in (-1.0, 0.0, 1.0):
+            log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(log_scale))
+            assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("mean", [-1.02, 0.0, 0.999])
+@pytest.mark.parametrize("log_scale", [-4.0, 0.5])
+def test_likelihood_in_closed_form(mean, log_scale):
+    """The outermost intervals begin 1/255 before what is beyond 0.999, and reach to infinity: latents lie anywhere."""
+    x = np.array([-9, -1, -0.9991, -0.9989, -0.99, 0, 0.5, 0.99, 0.9989, 0.9991, 0.99989, 0.99991, 1, 1.5, 9])
+
+    def cdf(value):
+        z = (value - mean) / np.exp(log_scale)
+        return 0.5 * (1 + np.tanh((2 / np.pi) ** 0.5 * (z + 0.044715 * z**3)))
+
+    low, high = np.where(x < -0.999, 0, cdf(x - 1 / 255)), np.where(x > 0.999, 1, cdf(x + 1 / 255))
+    arguments = (torch.tensor(value, dtype=torch.float64) for value in (x, mean, log_scale))
+    found = discretized_gaussian_log_likelihood(*arguments).numpy()
+    np.testing.assert_allclose(found, np.log(np.maximum(high - low, 1e-12)), rtol=1e-6, atol=1e-9)
 
 
 def test_forward_process_composes():

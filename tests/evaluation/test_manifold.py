@@ -65,6 +65,25 @@ def test_points_on_a_line():
     assert found.recall == pytest.approx(1 / 3)  # the samples' radii are 1 each: 0 is reached from -1
 
 
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("spread", [2, 4])
+def test_duplicates_and_ties_count_as_inside(monkeypatch, fp16, spread):
+    """Whole numbers, of which 2^n have an exact mean, have exact distances: radii of 0, and points on borders."""
+    monkeypatch.setattr(manifold, "_BLOCK", 10)
+    random, decided = np.random.default_rng(spread), []
+    for k in (1, 3):
+        for _ in range(5):
+            reference, samples = (random.integers(0, spread, (count, 2)).astype(float) for count in (32, 16))
+            radii, shares = direct(reference, samples, k)
+            found = precision_recall(reference, samples, k, fp16=fp16)
+            np.testing.assert_array_equal(manifold_radii(reference, k, fp16=fp16), radii[0])
+            assert tuple(found) == pytest.approx(shares, abs=1e-12)
+            between = cdist(reference, samples, "sqeuclidean")
+            strict = (between < radii[0][:, None]).any(0).mean(), (between < radii[1]).any(1).mean()
+            decided.append([one != other for one, other in zip(shares, strict, strict=True)])
+    assert np.any(decided, axis=0).all()  # borders decide both of them
+
+
 def test_too_few_points_and_other_features_are_refused():
     with pytest.raises(ValueError, match="more than 3 points"):
         manifold_radii(np.zeros((3, 2)))
