@@ -21,7 +21,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +40,7 @@ from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
 from diffit.sampling.images import ImageSampler, changed
 from diffit.sampling.labels import class_names, known_labels, resolve_labels
-from diffit.system.files import as_tree, first_line, quiet_hub, write_atomically
+from diffit.system.files import as_tree, explained_write, first_line, quiet_hub, write_atomically
 
 _BATCH_SIZE = 16
 # Arguments of other pipelines -> what this one has in their place.
@@ -134,12 +133,6 @@ class DiffiTPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.transformer.dtype
         codec = create_codec(config.codec, device, vae=self.vae)
         pictures = ImageSampler.create(self.transformer, config, device, codec=codec)
-        if dtype == torch.float64:  # guidance and sampler stay in float32
-
-            def network(x: Tensor, *inputs: Tensor, **conditions: Tensor) -> Tensor:
-                return self.transformer(x.to(dtype), *inputs, **conditions).float()
-
-            pictures = replace(pictures, network=network)
         # Weights of 16 bits multiply in theirs; norms, guidance and sampler stay in float32.
         autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
         with autocast:
@@ -261,15 +254,13 @@ class DiffiTPipeline(DiffusionPipeline):
         card = hub.model_card(self._settings, repo_id or folder.resolve().name, size, **self.config["card"])
         modules = (f"{PIPELINE_MODULE}.py", f"transformer/{NETWORK_MODULE}.py")
         files = {"README.md": card} | dict.fromkeys(modules, MODULE_SOURCE)
-        try:
+        with explained_write(f"the pipeline to {folder}", "choose another"):
             (folder / "transformer").mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
                 write_atomically(folder / name, text.encode())
             if self.vae is not None:  # sampling laid its decoder out for convolutions, which old diffusers cannot save
                 self.vae.decoder.to(memory_format=torch.contiguous_format)
             super().save_pretrained(str(folder), **kwargs)
-        except OSError as error:
-            raise ValueError(f"cannot write the pipeline to {folder} ({first_line(error)}): choose another") from error
 
     def push_to_hub(
         self,

@@ -129,6 +129,20 @@ def test_a_changed_bit_in_a_pt_file(tmp_path, checksums):
             load_weights(path, CONFIG)
 
 
+def test_files_are_known_by_their_bytes_not_their_names(small, tmp_path):
+    """safetensors called .pt with all that their metadata say, and what torch.save wrote called .safetensors."""
+    expected, config = load_model(small)
+    torn, pickled = tmp_path / "torn.pt", tmp_path / "pickled.safetensors"
+    torn.write_bytes(small.read_bytes())
+    torch.save({"model": expected.state_dict()}, pickled)
+    loaded, found = load_model(torn)
+    assert found == config
+    for network in (loaded, load_weights(pickled, config)):
+        for (name, value), (other, right) in zip(*(x.state_dict().items() for x in (network, expected)), strict=True):
+            assert name == other
+            assert torch.equal(value, right)
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("echo executed",)

@@ -63,6 +63,8 @@ def test_a_number_is_accepted_exactly_if_it_is_in_its_range(root, setting):
     assert setting.range is not None, f"{setting.key} states no range"
     bounds = [bound for bound in dataclasses.astuple(setting.range) if bound is not None]
     assert bounds
+    ends = setting.range.at_most, setting.range.below
+    assert float not in numbers_in(setting.hint) or ends != (None, None), f"{setting.key} ends nowhere"
     for number in NUMBERS + bounds:
         whole = isinstance(number, int)
         typed = abs(number) < 2**64 if whole else float in numbers_in(setting.hint)

@@ -232,9 +232,9 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
     Raises:
         ValueError: if the file is damaged or of another version.
     """
-    if path.suffix.lower() != ".safetensors":
-        return None
     try:
+        if not is_safetensors(path):
+            return None
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
@@ -249,6 +249,13 @@ def read_metadata(path: Path) -> CheckpointConfig | None:
             f"{path} has damaged metadata, or those of another version of diffit ({reason}): update diffit, or give "
             "another file"
         ) from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, with 8 bytes and JSON, or is called so: names alone are often wrong."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" or (path.suffix.lower() == ".safetensors" and not start.startswith((b"PK", b"\x80")))
 
 
 def damaged(path: Path) -> ValueError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffit.checkpoint.config import METADATA_KEY, CheckpointConfig
 from diffit.checkpoint.folder import STATE_FOLDER
-from diffit.checkpoint.resolve import damaged, find_checkpoint
+from diffit.checkpoint.resolve import damaged, find_checkpoint, is_safetensors
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_index
 from diffit.system.files import first_line, write_atomically
@@ -103,12 +103,13 @@ def _read_folder(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 def _read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, or of any other that torch.save wrote without code in it."""
     try:
-        safe = path.suffix.lower() == ".safetensors"
+        safe = is_safetensors(path)
         if not safe and zipfile.is_zipfile(path):  # whose checksums torch.load does not compare, and may not write
             with zipfile.ZipFile(path) as archive:
                 if any(member.CRC for member in archive.infolist()) and archive.testzip():
                     raise zipfile.BadZipFile
-        tree: Any = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+        with open(path, "rb") as file:  # torch.load would go by the name of a path
+            tree: Any = load_file(path) if safe else torch.load(file, "cpu", weights_only=True)
     except Exception as error:
         code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         if code is None or not isinstance(error, pickle.UnpicklingError):

@@ -196,9 +196,9 @@ class SamplingConfig:
     num_sampling_steps: int | str = setting(250, at_least=1, at_most=10**5)
     eta: float = setting(0.0, at_least=0, at_most=1)
     clip_denoised: bool = False
-    s_churn: float = setting(0.0, at_least=0)
-    s_min: float = setting(0.0, at_least=0)
-    s_max: float | None = setting(None, at_least=0)
+    s_churn: float = setting(0.0, at_least=0, at_most=1e6)
+    s_min: float = setting(0.0, at_least=0, at_most=1e12)
+    s_max: float | None = setting(None, at_least=0, at_most=1e12)
     s_noise: float = setting(1.0, at_least=0, at_most=1e6)
 
 
@@ -225,10 +225,10 @@ class GuidanceConfig:
     scale: float = setting(1.0, at_least=-1e6, at_most=1e6)
     enabled: bool = True
     schedule: GuidanceSchedule = "auto"
-    power: float = setting(4.0, at_least=0)
+    power: float = setting(4.0, at_least=0, at_most=1e6)
     channels: int | Literal["all"] = setting(3, at_least=1)
     interval: tuple[int, int] | None = setting(None, at_least=0)
-    skip_below: float = setting(0.0, at_least=0)
+    skip_below: float = setting(0.0, at_least=0, at_most=1e6)
     guide: str | None = None
 
 

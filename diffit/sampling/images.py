@@ -126,7 +126,10 @@ class ImageSampler:
         weights = next(model.to(device).parameters()).dtype
 
         def prepared(model: nn.Module) -> Any:
-            fit = prepare_for_sampling(model, product_dtype(precision)) if fast else autocast(model, device, precision)
+            if not fast:
+                fit = autocast(model, device, precision)
+            else:
+                fit = prepare_for_sampling(model.float(), product_dtype(precision))
             return compiled(fit) if compile else fit
 
         named = precision if weights == torch.float32 else str(weights).removeprefix("torch.")
@@ -258,7 +261,7 @@ def sample_images(
         images, labels = sample_images(*load_model("Diffit-Fashion"))
 
     Args:
-        model: a network in eval mode.
+        model: a network in eval mode; its products are of its weights' dtype.
         config: its checkpoint's config; `load_model` returns both.
         num_samples: N.
         seed: sample i depends on (seed, i) and the settings alone.

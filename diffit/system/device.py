@@ -50,14 +50,17 @@ def product_dtype(precision: Precision) -> torch.dtype:
 
 
 def autocast(model: nn.Module, device: torch.device, precision: Precision) -> Any:
-    """The model, called under autocast where the precision is a 16-bit one."""
-    if precision in ("fp32", "tf32"):
+    """The model, called under autocast where the precision or its weights have 16 bits; float64 weights see float64."""
+    weights = next(model.parameters()).dtype
+    dtype = product_dtype(precision) if weights == torch.float32 else weights
+    if dtype == torch.float32:
         return model
-    dtype = product_dtype(precision)
 
-    def call(*inputs: Tensor, **conditions: Tensor) -> Tensor:
+    def call(x: Tensor, *inputs: Tensor, **conditions: Tensor) -> Tensor:
+        if dtype == torch.float64:  # guidance and sampler stay in float32
+            return model(x.to(dtype), *inputs, **conditions).float()
         with torch.autocast(device.type, dtype):
-            return model(*inputs, **conditions)
+            return model(x, *inputs, **conditions)
 
     return call
 

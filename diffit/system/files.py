@@ -30,6 +30,8 @@ try:
 except ImportError:  # Windows has no record locks: two commands can write to one folder there
     fcntl = None  # type: ignore[assignment]
 
+_WRITER = re.compile(r"PytorchStreamWriter|inline_container|os error (\d+)")  # in errors of PyTorch and safetensors
+
 
 def cache_folder() -> Path:
     """Where downloads live, and what is known of images: $DIFFIT_CACHE, or diffit/ in the user's cache folder."""
@@ -64,11 +66,13 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def explained_write(what: str, advice: str) -> Iterator[None]:
-    """Says of an OSError, by ValueError, what cannot be written, why, and what to do."""
+    """Says of an error of writing, by ValueError, what cannot be written, why, and what to do."""
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"cannot write {what} ({error.strerror}): {advice}") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and (isinstance(error, ValueError) or not _WRITER.search(str(error))):
+            raise
+        raise ValueError(f"cannot write {what} ({write_failure(error)}): {advice}") from error
 
 
 def check_apart(out: Path, source: str | Path | None, flag: str, inside: bool = True) -> None:
@@ -207,10 +211,13 @@ def first_line(error: BaseException) -> str:
 
 
 def write_failure(error: BaseException) -> str:
-    """Why a file could not be written: torch.save hides the system's error behind one of its own."""
+    """Why a file could not be written: PyTorch and safetensors hide the system's error behind one of their own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
+    if cause is None and (hidden := _WRITER.search(str(error))):
+        number = int(hidden[1] or errno.ENOSPC)
+        cause = OSError(number, os.strerror(number))
     if cause is None:
         return first_line(error)
     return "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror or first_line(cause)

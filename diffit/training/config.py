@@ -32,7 +32,7 @@ class OptimizerConfig:
     weight_decay: float = setting(0.0, at_least=0, at_most=1e3)
     warmup: int = setting(0, at_least=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    grad_clip: float = setting(0.0, at_least=0)
+    grad_clip: float = setting(0.0, at_least=0, at_most=1e12)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class TrainConfig(ProcessSettings):
     accumulate: int = setting(1, NOTED, at_least=1)
     seed: int = setting(0, NOTED, at_least=0, at_most=2**64 - 1)
     ema_decay: float | list[float] = setting(0.9999, NOTED, at_least=0, below=1)
-    ema_half_life: float | list[float] | None = setting(None, NOTED, above=0)
+    ema_half_life: float | list[float] | None = setting(None, NOTED, above=0, at_most=1e12)
     ema_power: float | list[float] | None = setting(None, NOTED, above=0, at_most=0.28)
     ema_snapshots: int = setting(40, FREE, at_least=1)
     device: Device = setting("auto", NOTED)

@@ -258,7 +258,7 @@ def test_json_that_cannot_be_written_is_said_first_or_costs_no_scores(files, tmp
         evaluator_main([*map(str, files), *FEATURES, "--json", str(tmp_path / "a.json")])
     printed = capsys.readouterr()
     assert "\nFID: " in printed.out
-    assert "a.json (No space left on device): free some space" in printed.err
+    assert "a.json (the disk is full): free some space" in printed.err
 
 
 def test_found_without_arguments(tmp_path, pictures, monkeypatch, capsys):

@@ -68,6 +68,20 @@ def test_the_callback_sees_every_state(checkpoints):
     np.testing.assert_array_equal(images, (last * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy())
 
 
+@pytest.mark.parametrize("kind", ["latent", "image"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_draw_nearly_the_same(checkpoints, kind, dtype):
+    """Fast too, where blocks are computed in a dtype of their own."""
+    expected, _ = sample_images(*load_model(checkpoints[kind]), 2)
+    model, config = load_model(checkpoints[kind])
+    images, _ = sample_images(model.to(dtype), config, 2)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    sampler = ImageSampler.create(model, config, torch.device("cpu"), fast=True, precision="fp32")
+    fast = sampler.draw(range(2), sampler.labels(range(2), 0)).numpy()
+    for close in (images, fast):
+        assert np.abs(close.astype(int) - expected).mean() < (0.01 if dtype == torch.float64 else 4)
+
+
 def test_one_class_may_stand_alone(checkpoints):
     model, config = load_model(checkpoints["latent"])
     assert sample_images(model, config, 2, class_labels="Night owl")[1].tolist() == [2, 2]

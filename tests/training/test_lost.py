@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffit import load_model
 from diffit.checkpoint.folder import checksum, complete_checkpoints, integrity_error
-from diffit.system.files import write_failure
+from diffit.system.files import explained_write, write_failure
 from diffit.system.ranks import World
 from diffit.training import loop
 from diffit.training.stopping import EXIT_CODE, StopSignals
@@ -177,6 +178,17 @@ def test_a_full_disk_is_called_so():
     with pytest.raises(OSError, match="No space"):
         file.close()
     assert write_failure(caught.value) == "the disk is full"
+
+
+@pytest.mark.parametrize(("write", "reason"), [(torch.save, "the disk is full"), (save_file, "File too large")])
+def test_writers_with_errors_of_their_own_are_explained(write, reason, tmp_path, small_disk):
+    """They name neither the file nor, of PyTorch's, what the system said."""
+    small_disk()
+    with (
+        pytest.raises(ValueError, match=rf"cannot write weights \({reason}\): free some space"),
+        explained_write("weights", "free some space"),
+    ):
+        write({"weights": torch.zeros(100_000)}, tmp_path / "weights")
 
 
 def test_a_second_run_in_the_folder_is_refused(flags, tmp_path):
