@@ -22,10 +22,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 from diffit.checkpoint.weights import load_weights
 from diffit.config import PIXELS
+from diffit.data.files import picture_of
 from diffit.diffusion.config import SAMPLERS
 from diffit.sampling.attention import Position, average, watch
 from diffit.sampling.config import AppTask
-from diffit.sampling.folder import draw_grid, picture
+from diffit.sampling.folder import draw_grid
 from diffit.sampling.images import ImageSampler
 from diffit.sampling.labels import class_names
 from diffit.system.console import say
@@ -223,7 +224,7 @@ def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
         settings = read_settings(demo, *fields)
         for frame in denoise(demo.pictures, settings, noisy):
             line = command(demo, settings) if frame.done == 1 else None
-            yield _progress(frame.done, frame.words), picture(frame.image), line
+            yield _progress(frame.done, frame.words), picture_of(frame.image), line
 
     steps_and_scale = _steps_and_scale(demo)
     noisy = gr.Checkbox(label="Show the noisy state x_t, not what the network believes the picture will be")
@@ -301,7 +302,7 @@ def draw_attention(frames: Sequence[Frame], at: Position) -> Image.Image:
     for is_map in (False, True):
         for frame in frames:
             side, tokens = len(frame.image), len(frame.seen)
-            shown = picture(frame.image).convert("RGB")
+            shown = picture_of(frame.image).convert("RGB")
             if is_map:
                 grey = Image.fromarray(np.nan_to_num(255 * frame.seen / highest).astype(np.uint8))
                 coloured = ImageOps.colorize(grey, "#220044", "#ffee44", mid="#cc3355")

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffit.codec import PixelCodec
 from diffit.data.config import DataName
-from diffit.data.files import MODES, ImageFiles, image_files, square_pixels
+from diffit.data.files import MODES, ImageFiles, image_files, picture_of, square_pixels
 from diffit.data.sampler import Key
 from diffit.system import distributed
 from diffit.system.console import progress, say
@@ -91,8 +91,7 @@ class ImageArrays:
         return f"image {index}"
 
     def picture(self, index: int) -> Image.Image:
-        pixels = self.images[index]
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        return picture_of(self.images[index])
 
     def headers(self) -> list[tuple[int, int, int]]:
         """As those of `ImageFiles`."""
@@ -204,21 +203,21 @@ def decode_ahead(
 def unreadable_images(images: ImageDataset, workers: int, memory: Path, world: World) -> list[Unreadable]:
     """Decode all images once, every rank its part, and list those that cannot be.
 
-    Files that could be decoded are remembered in the folder `memory` by name, size and time as the work goes on, and no
-    run on them looks at them again. A folder that cannot be written to remembers nothing.
+    Files that could be decoded are remembered in the folder `memory` by name, size and time as the work goes on, with
+    their squares where these are small, and no run on them decodes them again. A folder that cannot be written to
+    remembers nothing.
     """
     source = images.source
     if isinstance(source, ImageArrays):
         return []
-    file = memory / source.fingerprint()  # stamps, uint64, to which all ranks append
+    file, record = _memory(images, memory)
 
     def fresh() -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Indices and stamps of the images that nobody has decoded yet."""
-        stamps, known = source.stamps(), np.empty(0, np.uint64)
         with contextlib.suppress(OSError):
             memory.mkdir(parents=True, exist_ok=True)
-            known = np.fromfile(file, np.uint64)
-        indices = np.flatnonzero(~np.isin(stamps, known))
+        stamps = source.stamps()
+        indices = np.flatnonzero(~np.isin(stamps, _remembered(file, record)))
         return indices, stamps[indices]
 
     own, stamps = (np.array_split(part, world.size)[world.rank] for part in distributed.on_main(world, fresh))
@@ -228,17 +227,86 @@ def unreadable_images(images: ImageDataset, workers: int, memory: Path, world: W
         found: list[Unreadable] = []
         decoded = decode_ahead(images, [own[first : first + 64].tolist() for first in starts], workers)
         with progress(title="checking images", show=world.is_main and len(own) > 0, total=len(own), unit="img") as bar:
-            for first, (_, unreadable) in zip(starts, decoded, strict=True):
+            for first, (squares, unreadable) in zip(starts, decoded, strict=True):
                 found += unreadable
                 good = ~np.isin(own[first : first + 64], [image.index for image in unreadable])
+                records = np.zeros(len(squares), record)
+                records["stamp"] = stamps[first : first + 64][good]
+                if "pixels" in record.fields:
+                    records["pixels"] = squares.numpy()
+                    records["crc"] = [zlib.crc32(square.tobytes()) for square in squares.numpy()]
                 with contextlib.suppress(OSError), open(file, "ab") as out:
-                    # A write that a full disk cut off is filled up to whole numbers.
-                    out.write(bytes(-out.tell() % 8) + stamps[first : first + 64][good].tobytes())
+                    # A write that a full disk cut off is filled up to whole records; it ends with the stamp.
+                    out.write(bytes(-out.tell() % record.itemsize) + records.tobytes())
                 bar.update(len(good))
         return found
 
     parts = distributed.gather(world, distributed.on_all(world, look))
     return [image for part in parts for image in part]
+
+
+_MOST_REMEMBERED = 1 << 31  # bytes of squares of a data set that are kept
+
+
+def _memory(images: ImageDataset, folder: Path) -> tuple[Path, Any]:
+    """The file in which decoded images are remembered, and the type of its records: stamps, and squares if small."""
+    side, channels, name = images.size, images.channels, images.source.fingerprint()
+    if len(images) * side**2 * channels > _MOST_REMEMBERED:
+        return folder / name, np.dtype([("stamp", np.uint64)])
+    square = np.dtype((np.uint8, (side, side, channels)))
+    return folder / f"{name}-{side}x{channels}", np.dtype(
+        [("pixels", square), ("crc", np.uint32), ("stamp", np.uint64)]
+    )
+
+
+def _remembered(file: Path, record: Any) -> NDArray[np.uint64]:
+    """The stamps in such a file, by record."""
+    if not file.is_file() or file.stat().st_size < record.itemsize:
+        return np.empty(0, np.uint64)
+    return np.array(np.memmap(file, record, "r", shape=file.stat().st_size // record.itemsize)["stamp"])
+
+
+@dataclass(frozen=True)
+class DecodedFiles(ImageFiles):
+    """Pictures of which squares of the size that is learned are remembered: large photographs are decoded once.
+
+    Args:
+        squares: the file of `_memory`.
+        record: type of its records.
+        rows: int64 [N], the record of each picture; -1 for none.
+    """
+
+    squares: Path = Path()
+    record: Any = None
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def picture(self, index: int, decode: bool = True) -> Image.Image:
+        """The square, if it is there and intact; else as in `ImageFiles`."""
+        if decode and self.rows[index] >= 0:
+            with contextlib.suppress(OSError, ValueError), open(self.squares, "rb", buffering=0) as file:
+                file.seek(int(self.rows[index]) * self.record.itemsize)
+                square = np.frombuffer(file.read(self.record.itemsize), self.record)[0]
+                if zlib.crc32(square["pixels"].tobytes()) == square["crc"]:
+                    return picture_of(square["pixels"])
+        return super().picture(index, decode)
+
+
+def decoded_once(images: ImageDataset, memory: Path, world: World) -> ImageDataset:
+    """The data set with the squares that `unreadable_images` remembered in its folder `memory`."""
+    source = images.source
+    if isinstance(source, ImageArrays):
+        return images
+    file, record = _memory(images, memory)
+    if "pixels" not in record.fields:
+        return images
+
+    def rows() -> NDArray[np.int64]:
+        number = {stamp: row for row, stamp in enumerate(_remembered(file, record).tolist())}
+        return np.array([number.get(stamp, -1) for stamp in source.stamps().tolist()], np.int64)
+
+    return replace(
+        images, source=DecodedFiles(**vars(source), squares=file, record=record, rows=distributed.on_main(world, rows))
+    )
 
 
 def worker_count(most: int) -> int:

@@ -381,6 +381,11 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
+def picture_of(image: NDArray[np.uint8]) -> Image.Image:
+    """An image [H, W, C] as Pillow has it: grey for one channel, else RGB."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def is_grey(picture: Image.Image) -> bool:
     """Whether a picture's mode has no colours (a palette counts as colours)."""
     return picture.mode in _GREY_MODES

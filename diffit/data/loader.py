@@ -30,6 +30,7 @@ from diffit.data.datasets import (
     PixelDataset,
     Unreadable,
     UnreadableImagesError,
+    decoded_once,
     fitting_labels,
     listing,
     open_images,
@@ -178,12 +179,14 @@ def open_training_set(
         images = distributed.on_main(world, lambda: open_images(config.name, config.path, image_size, channels))
         if isinstance(images.source, ImageFiles):
             images = replace(images, source=in_memory(images.source))
-        unreadable = unreadable_images(images, config.workers, cache_folder() / "checked_images", world)
+        memory = cache_folder() / "checked_images"
+        unreadable = unreadable_images(images, config.workers, memory, world)
         if unreadable and (not config.skip_unreadable or len(unreadable) == len(images)):
             raise UnreadableImagesError(unreadable)
         if unreadable and world.is_main:
             warn(f"left out {listing(unreadable)}")
-        return _in_class_order(PixelDataset(images, [image.index for image in unreadable]), run_dir)
+        left_out = [image.index for image in unreadable]
+        return _in_class_order(PixelDataset(decoded_once(images, memory, world), left_out), run_dir)
     folder = Path(config.cache).expanduser() if config.cache else run_dir / "cache"
     latents = _latents(config, codec, image_size, folder, world)
     latents.check(codec, image_size, config.flip)

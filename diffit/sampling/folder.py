@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from diffit.data.files import picture_of
 from diffit.system.files import difference, explained_write, npz_member, open_atomically, write_atomically
 
 MANIFEST = "manifest.json"
@@ -223,12 +224,7 @@ def save_pngs(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
     with explained_write(f"to {folder}", f"{_ADVICE}, it continues from here"):
         folder.mkdir(exist_ok=True)
         for offset, image in enumerate(images):
-            save_png(folder / f"{first + offset:06d}.png", picture(image))
-
-
-def picture(image: NDArray[np.uint8]) -> Image.Image:
-    """An image [H, W, C] as Pillow has it: grey for one channel, else RGB."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            save_png(folder / f"{first + offset:06d}.png", picture_of(image))
 
 
 def save_png(path: Path, image: Image.Image) -> None:
@@ -253,7 +249,7 @@ def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], column
         while font.getlength(title) > width * zoom and len(title) > 1:
             title = title.removesuffix("…")[:-1] + "…"
         draw.text((left, top + 2), title, "black", font)
-        enlarged = picture(image).convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        enlarged = picture_of(image).convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, top + title_height))
     return sheet
 

@@ -18,6 +18,7 @@ from diffit.data.datasets import (
     ImageDataset,
     UnreadableImagesError,
     cifar10,
+    decoded_once,
     fitting_labels,
     open_images,
     unreadable_images,
@@ -260,6 +261,35 @@ def test_what_was_checked_is_remembered_as_it_goes(tmp_path, monkeypatch):
         os.truncate(memory, memory.stat().st_size - cut)
         assert check() == []
     assert seen == [64, 64, 12, 12, 1]
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_a_photograph_is_decoded_once(mode, channels, tmp_path):
+    """Its square is then read from the memory, as it was; where that is damaged or gone, the file is decoded again."""
+    root = tmp_path / "images"
+    root.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (5, 60, 90, 3), np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).convert(mode).save(root / f"{number}.png")
+    cut_off(root / "3.png")
+    images = open_images("folder", str(root), 16, channels)
+    truth = [images[index][0] for index in (0, 1, 2, 4)]
+    assert [each.index for each in unreadable_images(images, 0, tmp_path / "memory", World())] == [3]
+    again = decoded_once(images, tmp_path / "memory", World())
+    whole = [path.read_bytes() for path in sorted(root.iterdir())]
+    for path in root.iterdir():
+        path.write_bytes(b"")
+    for index, pixels in zip((0, 1, 2, 4), truth, strict=True):
+        np.testing.assert_array_equal(again[index][0], pixels)
+    with pytest.raises(UnreadableImagesError, match=r"3\.png"):
+        again[3]
+    for path, content in zip(sorted(root.iterdir()), whole, strict=True):
+        path.write_bytes(content)
+    (memory,) = (tmp_path / "memory").iterdir()
+    memory.write_bytes(bytes([memory.read_bytes()[0] ^ 1]) + memory.read_bytes()[1:])
+    np.testing.assert_array_equal(again[0][0], truth[0])
+    memory.unlink()
+    np.testing.assert_array_equal(again[4][0], truth[3])
 
 
 def test_a_memory_that_cannot_be_written_stops_nobody(tmp_path):

@@ -98,7 +98,7 @@ def test_pictures_that_cannot_be_read_are_named_and_remembered(tmp_path):
     (unreadable,) = unreadable_images(images, 0, tmp_path / "run", World())
     assert unreadable.name == f"{tmp_path}/a.parquet, row group 1, row 1"
     (memory,) = (tmp_path / "run").iterdir()
-    assert memory.stat().st_size == 8 * 8
+    assert memory.stat().st_size == 8 * (8 + 4 + 16 * 16 * 3)  # stamp, checksum, square
 
 
 def test_pixels_are_drawn_from_memory(tmp_path, monkeypatch):

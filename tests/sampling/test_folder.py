@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from diffit.sampling.folder import SampleFolder, draw_grid, picture, save_png
+from diffit.data.files import picture_of
+from diffit.sampling.folder import SampleFolder, draw_grid, save_png
 from diffit.system.files import difference
 from tests.conftest import ROOT
 
@@ -241,4 +242,4 @@ def test_a_grid_of_two_columns_is_filled_row_by_row():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_picture_is_the_image(channels):
     image = images_of(7, 1, channels)[0]
-    np.testing.assert_array_equal(np.asarray(picture(image)).reshape(image.shape), image)
+    np.testing.assert_array_equal(np.asarray(picture_of(image)).reshape(image.shape), image)
