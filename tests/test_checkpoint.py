@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+import zlib
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from diffit import load_model
-from diffit.checkpoint.config import default_config
+from diffit.checkpoint.config import METADATA_KEY, default_config
 from diffit.checkpoint.resolve import find_checkpoint
 from diffit.checkpoint.weights import CheckpointConfig, load_weights, save_checkpoint
 from diffit.models.config import DiffiTConfig
@@ -41,6 +43,20 @@ def test_round_trip(small):
     assert CheckpointConfig.from_json(config.to_json()) == config
     for name, value in random_network().state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_are_those_of_the_library(tmp_path, dtype):
+    """Byte for byte, though written tensor by tensor; the checksum is that of the file."""
+    odd = {"é": torch.zeros(0), "scalar": torch.tensor(2.0), "turned": torch.arange(6.0).view(2, 3).T}
+    state = random_network().state_dict() | odd
+    state = {name: value.to(dtype) for name, value in state.items()} | {"wide": torch.ones(3, dtype=torch.float64)}
+    config = replace(CONFIG, class_names=("Zoë",))
+    checksum = save_checkpoint(tmp_path / "a.safetensors", state, config)
+    content = (tmp_path / "a.safetensors").read_bytes()
+    dense = {name: value.contiguous() for name, value in state.items()}
+    assert content == save(dense, {METADATA_KEY: config.to_json()})
+    assert checksum == zlib.crc32(content)
 
 
 def test_position_embedding_stays_fixed(small):

@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from diffit import DiffiTPipeline, load_model
-from diffit.checkpoint.folder import checksum
-from diffit.checkpoint.resolve import find_checkpoint
+from diffit.checkpoint.config import METADATA_KEY
+from diffit.checkpoint.resolve import checksum, find_checkpoint
 from diffit.checkpoint.weights import load_weights, save_checkpoint
 from diffit.cli.app import parse_app
 from diffit.cli.sample import parse_sample
@@ -242,7 +242,7 @@ def test_files_that_cannot_be_used_are_one_sentence(tmp_path, content, words, su
     elif suffix == "pt":
         torch.save(content, path)
     elif isinstance(content, dict) and all(is_plain(value) for value in content.values()):
-        save_checkpoint(path, content, config)
+        save_file(content, path, {METADATA_KEY: config.to_json()})
     else:
         pytest.skip("safetensors holds nothing but dense tensors")
     with pytest.raises(ValueError, match=words) as raised:

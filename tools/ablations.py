@@ -35,7 +35,7 @@ from scoring import open_reference, score
 from studies import load_studies, variants_for
 
 from diffit import ImageSampler, load_model
-from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
+from diffit.checkpoint.resolve import EMA_FILE, complete_checkpoints
 from diffit.cli.run import one_sentence
 from diffit.cli.train import parse_train
 from diffit.config import PIXELS

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +22,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from diffit.checkpoint.config import METADATA_KEY, RELEASED, CheckpointConfig, default_config
-from diffit.checkpoint.folder import EMA_FILE, STATE_FILE, STATE_FOLDER, complete_checkpoints, integrity_error
 from diffit.models.config import ZOO, model_config
 from diffit.system.files import first_line, quiet_hub, sha256
 
+# In the folder of a checkpoint: the first EMA; weights without averaging and the optimizer, in one file (by earlier
+# versions) or in shards; and the marker, written last: size and CRC-32 of every other file.
+EMA_FILE, STATE_FILE, STATE_FOLDER, MARKER = "ema.safetensors", "state.pt", "state", "complete.json"
 BUNDLED = {"Diffit-Fashion": Path(__file__).parents[1] / "bundled" / "diffit_fashion.safetensors"}
 HUB_REPOSITORY = "nvidia/DiffiT"
 PIPELINE_FILE = "model_index.json"
@@ -170,6 +173,39 @@ def find_guide(config: CheckpointConfig) -> tuple[Source, CheckpointConfig] | No
                 "weights that were trained for the same process and data"
             )
     return source, guide
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints with a marker, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"[0-9]*/{MARKER}") if path.parent.name.isdigit())
+
+
+def integrity_error(folder: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None if nothing is.
+
+    only: a file whose checksum is computed; that of all by default. Sizes are compared in any case.
+    """
+    try:
+        for name, (size, crc) in json.loads((folder / MARKER).read_text()).items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size or (only in (None, name) and checksum(path) != crc):
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file, read piece by piece."""
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _on_disk(path: Path) -> tuple[Path, CheckpointConfig | None]:

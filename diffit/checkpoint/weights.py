@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffit.checkpoint.config import METADATA_KEY, CheckpointConfig
-from diffit.checkpoint.folder import STATE_FOLDER
-from diffit.checkpoint.resolve import damaged, find_checkpoint, is_safetensors
+from diffit.checkpoint.resolve import STATE_FOLDER, damaged, find_checkpoint, is_safetensors
 from diffit.models.config import DiffiTConfig, build_model
 from diffit.nn.attention import relative_position_index
-from diffit.system.files import first_line, write_atomically
+from diffit.system.files import first_line, open_atomically
 
 # Where training scripts put the weights, and averaged ones before others.
 _NESTED = ("ema", "model_ema", "model", "model_state_dict", "state_dict")
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # of safetensors
 
 
 def load_model(
@@ -92,12 +96,24 @@ def _read_folder(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 
     state = {name: torch.empty_like(value, device="cpu") for name, value in expected.items()}
     try:
-        with warnings.catch_warnings():  # that there is only one rank, which is meant
-            warnings.simplefilter("ignore", UserWarning)
+        with plain_errors():
             dcp.load({"model": state}, checkpoint_id=path)  # in place
-    except (Exception, dcp.api.CheckpointException) as error:
+    except Exception as error:
         raise ValueError(f"the shards in {path} are damaged or incomplete ({first_line(error)})") from error
     return state
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Around dcp: the first error of a rank as itself, not in one that is no Exception; no warning of a single rank."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -165,12 +181,27 @@ def _check_fit(
         raise ValueError(f"{path} does not hold a {config.model}: {wrong[0]}{more}; check --model and --image_size")
 
 
-def save_checkpoint(path: Path, state: dict[str, Tensor], config: CheckpointConfig) -> None:
-    """Write weights and config as one safetensors file, under a temporary name first.
+def save_checkpoint(path: Path, state: Mapping[str, Tensor], config: CheckpointConfig) -> int:
+    """Write weights and config as one safetensors file, under a temporary name first; returns its CRC-32.
+
+    The library would copy all tensors first, and order several keys of metadata at random: equal checkpoints are equal
+    files.
 
     Raises:
         OSError: if the file cannot be written; an older one of that name is then intact.
     """
-    # A single key: safetensors writes several in random order, and equal checkpoints should be equal files.
-    content = save({k: v.contiguous() for k, v in state.items()}, {METADATA_KEY: config.to_json()})
-    write_atomically(path, content)
+    tensors = sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: config.to_json()}}
+    end = 0
+    for name, value in tensors:
+        start, end = end, end + value.nbytes
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": [*value.shape], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head, checksum = len(text).to_bytes(8, "little") + text, 0
+    bodies: Iterator[Any] = (value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, value in tensors)
+    with open_atomically(path) as file:
+        for part in chain[Any]([head], bodies):
+            file.write(part)
+            checksum = zlib.crc32(part, checksum)
+    return checksum

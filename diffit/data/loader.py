@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
-from diffit.checkpoint.resolve import read_metadata
+from diffit.checkpoint.resolve import EMA_FILE, complete_checkpoints, read_metadata
 from diffit.codec import Codec, PixelCodec, VAECodec
 from diffit.data.augment import augment, draw_augmentation
 from diffit.data.config import DataConfig

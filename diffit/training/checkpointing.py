@@ -11,31 +11,34 @@ A checkpoint is written into NNNNNNNN.part; the marker is its last file, and the
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Collection, Iterator
+import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as state_dicts
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.folder import (
+from diffit.checkpoint.resolve import (
     EMA_FILE,
     MARKER,
     STATE_FILE,
     STATE_FOLDER,
-    checksum,
     complete_checkpoints,
+    find_checkpoint,
     integrity_error,
 )
-from diffit.checkpoint.resolve import find_checkpoint
-from diffit.checkpoint.weights import load_weights, save_checkpoint
+from diffit.checkpoint.weights import load_weights, plain_errors, save_checkpoint
 from diffit.system import distributed
 from diffit.system.console import say
 from diffit.system.distributed import World
@@ -45,7 +48,6 @@ from diffit.training.parallel import find_desynced_parameter, is_sharded, whole_
 from diffit.training.step import TrainState
 
 PROGRESS_FILE = "progress.json"
-_WHOLE = state_dicts.StateDictOptions(full_state_dict=True)
 
 
 def ema_files(config: TrainConfig) -> list[str]:
@@ -75,8 +77,8 @@ def save_run(
     part = final.with_suffix(".part")
     try:
         distributed.on_main(world, partial(_begin, part))
-        _write_state(state, part, description, world)
-        distributed.on_main(world, partial(_finish, part, final, config))
+        checksums = _write_state(state, part, description, world)
+        distributed.on_main(world, partial(_finish, part, final, config, checksums))
     except (OSError, RuntimeError) as error:
         distributed.on_main(world, lambda: shutil.rmtree(part, ignore_errors=True))  # gives back its space
         failed = f"the checkpoint of step {state.step} could not be written ({write_failure(error)})"
@@ -111,19 +113,13 @@ def load_run(
             f"{', '.join(description.class_names)}: give the same images, or choose another --run_dir"
         )
     for name, ema in state.emas.items():
-        if not (newest / name).exists():
-            raise ValueError(
-                f"{newest} has no {name}: go on with the EMAs that it was begun with (--ema_decay, --ema_half_life, "
-                "--ema_power)"
-            )
-        weights = load_weights(newest / name, found).state_dict()
-        state_dicts.set_model_state_dict(ema.model, weights, options=_WHOLE)
+        weights: dict[str, Any] = distributed.on_all(world, partial(_averaged, newest / name, found, world))
+        options = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
+        state_dicts.set_model_state_dict(ema.model, weights, options=options)
     if (newest / STATE_FILE).exists():
         _load_single_file(state, newest, device)
     else:
-        _add_moments(state, dcp.FileSystemReader(newest / STATE_FOLDER).read_metadata().state_dict_metadata)
-        with _alone_is_fine():
-            dcp.load(_tensors(state), checkpoint_id=newest / STATE_FOLDER, process_group=world.patient)
+        _load_state(state, newest / STATE_FOLDER, world)
     progress = json.loads((newest / PROGRESS_FILE).read_text())
     state.step, state.skipped = progress["step"], progress["skipped"]
     sums = torch.tensor(progress.get("sums", [[0.0] * 4]), device=device)  # [ranks, 4], of the ranks that wrote it
@@ -133,20 +129,50 @@ def load_run(
         state.scaler.load_state_dict(progress["scaler"])
 
 
-def _write_state(state: TrainState, folder: Path, description: CheckpointConfig, world: World) -> None:
-    """Write everything into an empty folder; an error of one rank is raised on all."""
+def _write_state(state: TrainState, folder: Path, description: CheckpointConfig, world: World) -> dict[str, int]:
+    """Write everything into an empty folder; an error of one rank is raised on all.
+
+    Returns the CRC-32 of every file, of which none is read again.
+    """
+    checksums = {}
     for name, ema in state.emas.items():
         weights = whole_state(ema.model)
-        distributed.on_main(world, partial(save_checkpoint, folder / name, weights, description))
-    sums = distributed.gather(world, state.sums.tolist())
-    progress = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
-    progress |= {"sums": sums, "summed": state.summed, "images": state.images}
-    distributed.on_main(world, lambda: (folder / PROGRESS_FILE).write_text(json.dumps(progress)))
-    try:
-        with _alone_is_fine():
-            dcp.save(_tensors(state), checkpoint_id=folder / STATE_FOLDER, process_group=world.patient)
-    except dcp.api.CheckpointException as error:  # of all ranks; it is no Exception
-        raise next(iter(error.failures.values()))[0] from error
+        checksums[name] = distributed.on_main(world, partial(save_checkpoint, folder / name, weights, description))
+    tree = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
+    tree |= {"sums": distributed.gather(world, state.sums.tolist()), "summed": state.summed, "images": state.images}
+    progress = json.dumps(tree).encode()
+    distributed.on_main(world, partial(write_atomically, folder / PROGRESS_FILE, progress))
+    checksums[PROGRESS_FILE] = zlib.crc32(progress)
+    writer = dcp.FileSystemWriter(folder / STATE_FOLDER)
+    writer.fs = files = _SummedFiles()
+    with plain_errors():
+        dcp.save(_tensors(state), storage_writer=writer, process_group=world.patient)
+    for own in distributed.gather(world, files.checksums):
+        checksums |= own
+    return checksums
+
+
+class _SummedFile(io.BufferedWriter):
+    """A file to be written, and the CRC-32 of what was."""
+
+    checksum = 0
+
+    def write(self, data: Any) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return super().write(data)
+
+
+class _SummedFiles(FileSystem):
+    """What torch.distributed.checkpoint writes by; `checksums` are those of the files of this rank."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with _SummedFile(io.FileIO(path, mode)) as file:
+            yield file
+        self.checksums[f"{STATE_FOLDER}/{Path(path).name.removesuffix('.tmp')}"] = file.checksum  # .metadata is renamed
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
@@ -158,13 +184,39 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def _add_moments(state: TrainState, written: Collection[str]) -> None:
-    """Give a fresh AdamW the moments that a checkpoint holds, to be filled."""
+def _averaged(path: Path, description: CheckpointConfig, world: World) -> dict[str, Tensor]:
+    """An EMA's state dict, on rank 0 alone, which reads for all."""
+    if not world.is_main:
+        return {}
+    if not path.exists():
+        raise ValueError(
+            f"{path.parent} has no {path.name}: go on with the EMAs that it was begun with (--ema_decay, "
+            "--ema_half_life, --ema_power)"
+        )
+    return load_weights(path, description).state_dict()
+
+
+def _load_state(state: TrainState, folder: Path, world: World) -> None:
+    """Load weights and AdamW's moments: each rank reads its shards, or rank 0 all, where all ranks hold the same."""
+    written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, parameter in state.model.named_parameters():
-        if f"optimizer.state.{name}.step" in written:
+        if f"optimizer.state.{name}.step" in written:  # a fresh AdamW has no moments yet
             step = torch.zeros((), device=parameter.device if state.optimizer.defaults["fused"] else "cpu")
             moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
             state.optimizer.state[parameter] = {"step": step, **moments}
+    tensors = _tensors(state)
+
+    def read(group: Any) -> None:
+        with plain_errors():
+            dcp.load(tensors, checkpoint_id=folder, process_group=group)
+
+    if world.size == 1 or is_sharded(state.model):
+        read(world.patient)
+        return
+    alone = dist.new_group([0], backend="gloo")
+    distributed.on_main(world, lambda: read(alone))
+    for tensor in tensors.values():
+        dist.broadcast(tensor, src=0)
 
 
 def _load_single_file(state: TrainState, checkpoint: Path, device: torch.device) -> None:
@@ -178,14 +230,6 @@ def _load_single_file(state: TrainState, checkpoint: Path, device: torch.device)
     state.model.load_state_dict(whole["model"])
     settings = state.optimizer.state_dict()["param_groups"]  # those of this start
     state.optimizer.load_state_dict({"state": whole["optimizer"]["state"], "param_groups": settings})
-
-
-@contextlib.contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Without PyTorch's warning that there is only one rank."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def newest_intact(folder: Path) -> Path | None:
@@ -210,9 +254,10 @@ def _begin(part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _finish(part: Path, final: Path, config: TrainConfig) -> None:
-    """Sync, mark and rename what was begun; then drop what need not be kept."""
-    write_atomically(part / MARKER, json.dumps(_checksums(part), indent=1).encode())
+def _finish(part: Path, final: Path, config: TrainConfig, checksums: dict[str, int]) -> None:
+    """Mark and rename what was written; then drop what need not be kept."""
+    files = {name: [(part / name).stat().st_size, checksum] for name, checksum in checksums.items()}
+    write_atomically(part / MARKER, json.dumps(files, indent=1).encode())
     _sync_folder(part)
     part.rename(final)
     _sync_folder(final.parent)
@@ -221,16 +266,6 @@ def _finish(part: Path, final: Path, config: TrainConfig) -> None:
             gone = old.with_suffix(".part")
             old.rename(gone)  # half a checkpoint never counts, not even one half removed
             shutil.rmtree(gone)
-
-
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file but the marker, each synced to disk."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        found[path.relative_to(folder).as_posix()] = [path.stat().st_size, checksum(path)]
-    return found
 
 
 def _sync_folder(folder: Path) -> None:

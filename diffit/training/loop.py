@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from diffit.checkpoint.config import CheckpointConfig
-from diffit.checkpoint.folder import EMA_FILE, complete_checkpoints
+from diffit.checkpoint.resolve import EMA_FILE, complete_checkpoints
 from diffit.codec import Codec, VAECodec, create_codec
 from diffit.data.datasets import fitting_labels
 from diffit.data.loader import Batch, NoisyBatches, TrainingSet, open_training_set, training_batches

@@ -14,10 +14,30 @@ from pathlib import Path
 import torch
 
 from diffit.system import distributed
-from diffit.training import loop
+from diffit.training import checkpointing, loop
 from diffit.training.step import train_step
 from diffit.training.stopping import Stopped
 from tests.training.runs import changed, poisoned, remembered, replaced, run
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[list[str]]:
+    """The files of weights that this rank opens to load them."""
+    files: list[str] = []
+    stream, load = checkpointing.FileSystem.create_stream, checkpointing.load_weights
+
+    def open_shard(self: object, path: Path, mode: str) -> object:
+        if mode == "rb" and str(path).endswith(".distcp"):
+            files.append("shard")
+        return stream(self, path, mode)
+
+    def open_ema(path: Path, *others: object) -> object:
+        files.append("ema")
+        return load(path, *others)
+
+    shards = replaced(checkpointing.FileSystem, "create_stream", open_shard)
+    with shards, replaced(checkpointing, "load_weights", open_ema):
+        yield files
 
 
 def main() -> None:
@@ -59,7 +79,11 @@ def main() -> None:
     more = [*powers, "--activation_checkpointing", "true", "--validation.every", "3"]
     begin("fsdp", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", *more)
     begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--steps", "4", *powers)
-    begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6", *powers)
+    with opened() as seen["fsdp_read"]:
+        begin("fsdp_half", "--parallel", "fsdp", "--ema_decay", "[0.9, 0.2]", "--preview_every", "6", *powers)
+    begin("ddp_half", "--steps", "4")
+    with opened() as seen["ddp_read"]:
+        begin("ddp_half")
     for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):
         begin(f"to_{then}", "--parallel", first, "--steps", "4")
         begin(f"to_{then}", "--parallel", then)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffit import load_model
-from diffit.checkpoint.folder import checksum, complete_checkpoints, integrity_error
+from diffit.checkpoint.resolve import checksum, complete_checkpoints, integrity_error
 from diffit.system.files import explained_write, write_failure
 from diffit.system.ranks import World
 from diffit.training import loop
@@ -149,6 +149,17 @@ def test_a_checkpoint_of_before_goes_on(flags, tmp_path):
     )
     run(flags, tmp_path / "old")
     assert same_end(tmp_path / "whole", tmp_path / "old", 6)
+
+
+def test_a_checkpoint_says_of_every_file_what_is_there(flags, tmp_path):
+    """Though none is read again after it was written."""
+    run(flags, tmp_path, "--steps", "2", "--ema_decay", "[0.9, 0.99]")
+    folder = tmp_path / "checkpoints" / "00000002"
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    del files["complete.json"]
+    marker = json.loads((folder / "complete.json").read_text())
+    assert marker == {name: [path.stat().st_size, checksum(path)] for name, path in files.items()}
+    assert len(marker) == 5
 
 
 @pytest.fixture

@@ -83,6 +83,18 @@ def test_ranks_take_the_snapshots_that_one_takes(folder, flags, tmp_path, kind):
     )
 
 
+def test_ddp_resumes_bit_for_bit(folder):
+    np.testing.assert_array_equal(curve(folder / "ddp_half"), curve(folder / "ddp"))
+    for file in ("ema.safetensors", "state"):
+        np.testing.assert_array_equal(weights(folder / "ddp_half", file), weights(folder / "ddp", file))
+
+
+def test_one_rank_reads_or_each_its_part(seen):
+    """Of whole copies rank 0 reads EMA and shards for all; of sharded ones each rank its part, and 0 what both hold."""
+    assert [rank["ddp_read"] for rank in seen] == [["ema", "shard", "shard"], []]
+    assert [rank["fsdp_read"] for rank in seen] == [["ema", "ema", "ema", "shard", "shard"], ["shard"]]
+
+
 @pytest.fixture
 def one_thread():
     """As torchrun's ranks have it: more threads add up in another order."""
