@@ -199,7 +199,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], config: CheckpointC
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head, checksum = len(text).to_bytes(8, "little") + text, 0
-    bodies: Iterator[Any] = (value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, value in tensors)
+    bodies: Iterator[Any] = (x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, x in tensors)
     with open_atomically(path) as file:
         for part in chain[Any]([head], bodies):
             file.write(part)

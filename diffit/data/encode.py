@@ -14,6 +14,7 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 
     raise SystemExit(imported("diffit.cli.encode:main")())
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -104,9 +105,10 @@ def encode_images(
     advice = "free some space, or choose another folder, and run the same command again; finished shards are kept"
     with explained_write(f"latents to {folder}", advice), distributed.main_only(world, exclusive(folder)):
         missing = distributed.on_main(world, lambda: making.prepare(config.skip_unreadable))
-        _write_shards(making, codec, missing[world.rank :: world.size], config.workers, show=world.is_main)
-        distributed.barrier(world)
-        distributed.on_main(world, lambda: making.finish(config.skip_unreadable))
+        if missing is not None:
+            _write_shards(making, codec, missing[world.rank :: world.size], config.workers, show=world.is_main)
+            distributed.barrier(world)
+            distributed.on_main(world, lambda: making.finish(config.skip_unreadable))
     cache = open_cache(folder)
     if cache.unreadable and world.is_main:
         warn(f"left out {listing(cache.unreadable)}")
@@ -161,29 +163,25 @@ class _Making:
         """The file that describes each shard once it is written."""
         return [self.folder / f"shard-{number:05d}.json" for number in range(len(self.shards))]
 
-    def prepare(self, skip_unreadable: bool) -> list[int]:
-        """Make the folder ready; returns the numbers of the shards to be made."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def prepare(self, skip_unreadable: bool) -> list[int] | None:
+        """The numbers of the shards to be made; None if the cache is finished and whole."""
         self._check_settings()
+        with contextlib.suppress(ValueError):
+            open_cache(self.folder)
+            self._tidy()
+            return None
+        return [
+            number
+            for number, shard in enumerate(self._made())
+            if shard is None or not shard_is_whole(self.folder, shard) or (shard.unreadable and not skip_unreadable)
+        ]
+
+    def _made(self) -> list[Shard | None]:
+        """What is known of each shard, by its note, or by the manifest of a cache that is damaged now."""
         manifest = self.folder / MANIFEST
-        if manifest.exists():
-            try:
-                open_cache(self.folder)
-            except ValueError:  # files are missing or damaged: the cache is in the making again
-                tree = json.loads(manifest.read_text())
-                write_atomically(self.folder / _SETTINGS, json.dumps({"settings": tree["settings"]}).encode())
-                for note, shard in zip(self.notes, tree["shards"], strict=True):
-                    write_atomically(note, json.dumps(shard).encode())
-                manifest.unlink()
-            else:
-                self._tidy()
-                return []
-        missing = []
-        for number, note in enumerate(self.notes):
-            made = Shard.from_tree(json.loads(note.read_text())) if note.exists() else None
-            if made is None or not shard_is_whole(self.folder, made) or (made.unreadable and not skip_unreadable):
-                missing.append(number)
-        return missing
+        trees = json.loads(manifest.read_text())["shards"] if manifest.exists() else [None] * len(self.notes)
+        noted = [json.loads(note.read_text()) if note.exists() else None for note in self.notes]
+        return [Shard.from_tree(new or old) if new or old else None for new, old in zip(noted, trees, strict=True)]
 
     def _check_settings(self) -> None:
         settings = asdict(self.settings)
@@ -210,9 +208,7 @@ class _Making:
 
     def finish(self, skip_unreadable: bool) -> None:
         """Write the labels and, last, the manifest; the notes are in it."""
-        if (self.folder / MANIFEST).exists():
-            return
-        shards = [Shard.from_tree(json.loads(note.read_text())) for note in self.notes]
+        shards = [shard for shard in self._made() if shard is not None]  # now all
         unreadable = [image for shard in shards for image in shard.unreadable]
         if unreadable and (not skip_unreadable or len(unreadable) == len(self.images)):
             raise UnreadableImagesError(unreadable)
