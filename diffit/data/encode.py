@@ -109,7 +109,7 @@ def encode_images(
             _write_shards(making, codec, missing[world.rank :: world.size], config.workers, show=world.is_main)
             distributed.barrier(world)
             distributed.on_main(world, lambda: making.finish(config.skip_unreadable))
-    cache = open_cache(folder)
+    cache = distributed.on_main(world, lambda: open_cache(folder))
     if cache.unreadable and world.is_main:
         warn(f"left out {listing(cache.unreadable)}")
     return cache

@@ -210,21 +210,20 @@ def _in_class_order(data: TrainingSet, run_dir: Path) -> TrainingSet:
 def _latents(config: DataConfig, codec: VAECodec, image_size: int, folder: Path, world: World) -> LatentCache:
     """A finished cache, if it is of the data set that the config names or if that is not there; else one is made."""
 
-    def images() -> ImageDataset:
-        return open_images(config.name, config.path, image_size, codec.image_channels)
-
-    if not distributed.on_main(world, (folder / MANIFEST).exists):
-        listed = distributed.on_main(world, images)
-        return encode_images(listed, codec, folder, config, flip=config.flip, world=world)
-    cache = open_cache(folder)
-
-    def fits() -> bool:
-        if config.name == "folder" and not (config.path and Path(config.path).expanduser().exists()):
+    def find() -> LatentCache | ImageDataset:
+        """What rank 0 finds for all: the cache, or else the images to make it of."""
+        there = config.name != "folder" or (config.path is not None and Path(config.path).expanduser().exists())
+        cache = open_cache(folder) if (folder / MANIFEST).exists() else None
+        if cache and not there:
             if config.path:  # of a recipe, say: a finished cache needs no images
                 say(f"there are no images at {config.path}: the latents in {folder} are taken as theirs")
-            return True
-        return images().source.fingerprint() == cache.settings.data
+            return cache
+        images = open_images(config.name, config.path, image_size, codec.image_channels)
+        if cache and images.source.fingerprint() != cache.settings.data:
+            raise ValueError(f"the latents in {folder} are of other images: choose another --data.cache or --run_dir")
+        return cache or images
 
-    if not distributed.on_main(world, fits):
-        raise ValueError(f"the latents in {folder} are of other images: choose another --data.cache or --run_dir")
-    return cache
+    found = distributed.on_main(world, find)
+    if isinstance(found, LatentCache):
+        return found
+    return encode_images(found, codec, folder, config, flip=config.flip, world=world)
