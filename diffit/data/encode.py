@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from diffit.codec import CodecConfig, VAECodec
+from diffit.data.checked import decode_ahead
 from diffit.data.config import EncodeConfig, ImagesConfig
-from diffit.data.datasets import ImageDataset, Unreadable, UnreadableImagesError, decode_ahead, listing, open_images
+from diffit.data.datasets import ImageDataset, Unreadable, UnreadableImagesError, listing, open_images
 from diffit.data.latent_cache import LABELS, MANIFEST, CacheSettings, LatentCache, Shard, open_cache, shard_is_whole
 from diffit.system import distributed
 from diffit.system.console import progress, say, warn

@@ -23,18 +23,16 @@ from torch.utils.data import DataLoader, Dataset
 from diffit.checkpoint.resolve import EMA_FILE, complete_checkpoints, read_metadata
 from diffit.codec import Codec, PixelCodec, VAECodec
 from diffit.data.augment import augment, draw_augmentation
+from diffit.data.checked import decoded_once, unreadable_images, worker_count
 from diffit.data.config import DataConfig
 from diffit.data.datasets import (
     ImageDataset,
     PixelDataset,
     Unreadable,
     UnreadableImagesError,
-    decoded_once,
     fitting_labels,
     listing,
     open_images,
-    unreadable_images,
-    worker_count,
 )
 from diffit.data.encode import encode_images
 from diffit.data.files import ImageFiles

@@ -14,15 +14,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from diffit.data.datasets import (
-    ImageDataset,
-    UnreadableImagesError,
-    cifar10,
-    decoded_once,
-    fitting_labels,
-    open_images,
-    unreadable_images,
-)
+from diffit.data.checked import decoded_once, unreadable_images
+from diffit.data.datasets import ImageDataset, UnreadableImagesError, cifar10, fitting_labels, open_images
 from diffit.data.files import image_files
 from diffit.system.ranks import World
 from tests.data.pictures import cut_off, write_pictures, zipped

@@ -6,14 +6,8 @@ import torch
 
 from diffit.codec import PixelCodec
 from diffit.data.augment import augment, draw_augmentation
-from diffit.data.datasets import (
-    ImageArrays,
-    ImageDataset,
-    PixelDataset,
-    UnreadableImagesError,
-    open_images,
-    unreadable_images,
-)
+from diffit.data.checked import unreadable_images
+from diffit.data.datasets import ImageArrays, ImageDataset, PixelDataset, UnreadableImagesError, open_images
 from diffit.data.files import ImageFiles
 from diffit.data.loader import NoisyBatches, training_batches
 from diffit.data.sampler import BatchSampler, Key, image_flips, image_order

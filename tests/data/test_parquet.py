@@ -12,7 +12,8 @@ from PIL import Image
 
 from diffit.cli.train import parse_train
 from diffit.codec import create_codec
-from diffit.data.datasets import open_images, unreadable_images
+from diffit.data.checked import unreadable_images
+from diffit.data.datasets import open_images
 from diffit.data.files import image_files
 from diffit.data.loader import open_training_set
 from diffit.data.parquet import _read_group
