@@ -12,9 +12,8 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from diffit.data.files import square_pixels
+from diffit.data.files import picture_of, square_pixels
 from diffit.evaluation.features import Backend
 from diffit.evaluation.reader import Images, ImageSource, ListedImages, PictureFiles, open_images
 from diffit.evaluation.scores import collect
@@ -91,8 +90,7 @@ def make_reference(
         start = 0
         for batch in source.batches(batch_size):
             if image_size and batch.shape[1:3] != (image_size, image_size):  # of an .npz
-                pictures = (Image.fromarray(image[..., 0] if channels == 1 else image) for image in batch)
-                batch = np.stack([square_pixels(picture, image_size, channels) for picture in pictures])
+                batch = np.stack([square_pixels(picture_of(image), image_size, channels) for image in batch])
             batch = np.pad(batch, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
             chosen = stored[(stored >= start) & (stored < start + len(batch))]
             member.write(batch[chosen - start].tobytes())
