@@ -29,7 +29,7 @@ from diffit.evaluation.statistics import (
     inception_score,
 )
 from diffit.system.console import progress
-from diffit.system.distributed import World, on_all, on_main
+from diffit.system.distributed import current, on_all, on_main
 
 Gaussian = tuple[Floats, Floats]  # mean [D] and covariance [D, D]
 _STORED = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # score -> its moments in a reference file
@@ -89,13 +89,9 @@ class Reference:
     origin: tuple[str, ...]
 
 
-def _world() -> World:
-    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-
-
 def share(count: int) -> tuple[int, int]:
     """The part start, ..., stop - 1 of `count` images that belongs to this rank; parts are in order of the ranks."""
-    world = _world()
+    world = current()
     return count * world.rank // world.size, count * (world.rank + 1) // world.size
 
 
@@ -109,7 +105,7 @@ def collect(
     Raises:
         ValueError: if there are no images, or a feature is NaN or infinite.
     """
-    world = _world()
+    world = current()
 
     def collect_own() -> Collected:
         pool, probabilities, moments, spatial = [], [], Moments(), Moments()
@@ -205,7 +201,7 @@ def score_images(
         errors = {name: float(np.std([half[name] for half in halves], ddof=1)) for name in whole if halves}
         return Scores(count=count, sfid=sfid, errors=errors, **whole)
 
-    return on_main(_world(), compare)
+    return on_main(current(), compare)
 
 
 def load_reference(
@@ -256,7 +252,7 @@ def load_reference(
             origin.append(f"Precision, Recall: {images}")
         return Reference(*moments["FID"], moments.get("sFID"), pool, radii, tuple(origin))
 
-    return on_main(_world(), reference)
+    return on_main(current(), reference)
 
 
 def both_radii(pool: NDArray[np.float32], device: torch.device, progress: bool = False) -> NDArray[np.float32]:

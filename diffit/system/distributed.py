@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import select
@@ -43,7 +44,19 @@ def start(device: torch.device, minutes: float = 10.0) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(minutes=minutes)
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
-    return replace(world, patient=dist.new_group(backend="gloo", timeout=_PATIENCE))
+    return replace(world, patient=_patient())
+
+
+@functools.cache
+def _patient() -> Any:
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def current() -> World:
+    """This rank among those that have met; alone if none have. All ranks call it."""
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), patient=_patient())
 
 
 @contextlib.contextmanager
@@ -65,6 +78,7 @@ def stop() -> None:
     """Leave the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _patient.cache_clear()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Scores from features: of two ranks, their standard errors by repeated sampling, and without probabilities."""
 
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from diffit.evaluation.features import Backend
 from diffit.evaluation.manifold import kernel_distance
 from diffit.evaluation.scores import Reference, both_radii, collect, score_images
+from diffit.system.distributed import current
 
 
 def gaussian(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
@@ -63,6 +65,8 @@ def collect_part(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     own = gaussian(1, 100)[[slice(30), slice(30, None)][rank]]
     found = collect(np.array_split(own, 3), WITH_SPATIAL)
+    patience = current().patient._get_backend(torch.device("cpu")).options._timeout
+    assert patience > timedelta(days=1)  # rank 0 may compare features for hours
     moments = {name: getattr(found, name) for name in ("moments", "spatial")}
     assert [each.count for each in moments.values()] == [100, 100]
     rows = {name: np.vstack([each.mean, each.covariance()]) for name, each in moments.items()}
