@@ -1,55 +1,58 @@
-"""The page of app.py, where a checkpoint is played with in the browser. A tab is a function; `TABS` lists them.
-
-Letters: H x W x C of an image.
-"""
+"""The page of app.py, where a checkpoint is played with in the browser. A tab is a function; `TABS` lists them."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import math
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
 import numpy as np
 from gradio.components import Component
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 
+from diffit.checkpoint.resolve import BUNDLED
 from diffit.checkpoint.weights import load_weights
 from diffit.config import PIXELS
 from diffit.data.files import picture_of
 from diffit.diffusion.config import SAMPLERS
-from diffit.sampling.attention import Position, average, watch
+from diffit.sampling.attention import Position, average, draw_attention, watch
 from diffit.sampling.config import AppTask
 from diffit.sampling.folder import draw_grid
 from diffit.sampling.images import ImageSampler
 from diffit.sampling.labels import class_names
+from diffit.settings import Range, check_setting
 from diffit.system.console import say
 from diffit.system.device import resolve_device, set_matmul_precision
 
 _SECONDS = 0.1  # between two pictures of a sample on its way
 _PATIENCE = 4  # times as long as a picture takes, which slow VAEs may, so that denoising stays most of the work
 _MOST_PICTURES = 36  # of a sweep
-_MOMENTS = 8  # of the strip of attention maps
+_MOMENTS = 5  # of the strip of attention maps, of which more would be too small to read
+_CLICKABLE = (512, 512)  # pixels: Gradio finds the place of a click in no picture that the browser has to enlarge
 # A picture that is downloaded as a PNG of the very pixels.
 _image = partial(gr.Image, show_label=False, format="png", buttons=["download", "fullscreen"], render=False)
+_picture = partial(_image, elem_classes="picture", height="min(24rem, 84vw)")
 _CSS = """
 .gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
 .picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
-.sweep img, .attention img {padding-top: 2.5em; background: white}
+.grid button, .grid .image-frame {overflow-x: auto; justify-content: safe center}
+.grid img {padding-top: 2.5em; background: white; width: auto; min-width: 100%; max-width: none; flex: none}
 .command textarea {font-family: var(--font-mono); font-size: var(--text-sm)}
 progress {width: 100%; accent-color: var(--color-accent)}
 """
 
-
 # Of one picture: `seed`, `class_labels`, and what `ImageSampler.with_settings` takes.
 Settings = dict[str, Any]
-_FLAGS = {"schedule": "guidance.schedule"}  # of sample.py, where it is not the setting's own name
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,14 @@ class Demo:
 
     pictures: ImageSampler
     names: Sequence[str]
-    arguments: Sequence[str]
+    flags: Settings
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A sample on its way: how far it is, 0 to 1, and in words; its image uint8 [H, W, C]; what `look` saw."""
+    """A sample on its way: the step, also as a part of all and in words; the image uint8 [H, W, C]; what `look` saw."""
 
+    step: int
     done: float
     words: str
     image: NDArray[np.uint8]
@@ -79,17 +83,11 @@ def serve(task: AppTask) -> None:
     """
     page = build_page(load_demo(task))
     try:
-        _, url, _ = page.launch(
-            server_name="127.0.0.1",
-            server_port=task.config.port,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            ssr_mode=False,
-            css=_CSS,
-            # The page would load any other fonts from the internet.
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        )
+        # The page would load any other fonts from the internet.
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        look: dict[str, Any] = {"css": _CSS, "theme": theme, "footer_links": [], "ssr_mode": False, "quiet": True}
+        place: dict[str, Any] = {"server_name": "127.0.0.1", "server_port": task.config.port}
+        _, url, _ = page.launch(**place, **look, prevent_thread_lock=True)
     except OSError as error:
         raise ValueError(f"port {task.config.port} of 127.0.0.1 cannot be used: choose another with --port") from error
     say(f"{task.checkpoint.model} is at {url} (Ctrl+C ends it)")
@@ -105,16 +103,9 @@ def load_demo(task: AppTask) -> Demo:
     device = resolve_device(task.config.device)
     set_matmul_precision("fp32")
     model = load_weights(task.source.fetch(), task.checkpoint).requires_grad_(False)
-    named: Settings = {"model": task.checkpoint.model, "model_path": task.config.model_path}
-    named |= {"image_size": task.config.image_size, "device": device.type}
-    pictures = ImageSampler.create(model, task.checkpoint, device)
-    return Demo(pictures, class_names(task.checkpoint), flags_of(named))
-
-
-def flags_of(settings: Settings) -> list[str]:
-    """Settings as a command line; what is None is left out."""
-    given = {_FLAGS.get(name, name): value for name, value in settings.items() if value is not None}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    flags: Settings = {"model": task.checkpoint.model, "model_path": task.config.model_path}
+    flags |= {"image_size": task.config.image_size, "device": device.type}
+    return Demo(ImageSampler.create(model, task.checkpoint, device), class_names(task.checkpoint), flags)
 
 
 def read_settings(
@@ -125,24 +116,20 @@ def read_settings(
     Raises:
         ValueError: naming the field that is empty or holds no number, or if a setting does not fit the process.
     """
-    steps, seed_or_0 = steps.strip(), seed or 0
+    steps = steps.strip()
     for name, value in {"Seed": seed, "Steps": steps, "Guidance scale": scale if demo.names else 1}.items():
         if value in (None, ""):
             raise ValueError(f"the field '{name}' is empty: fill it in")
-    if seed_or_0 % 1:
-        raise ValueError(f"the seed must be a whole number, not {seed}")
     settings: Settings = {"sampler": sampler}
     settings["num_sampling_steps"] = int(steps) if steps.isdecimal() else steps  # "ddim50" is a choice of steps too
     if demo.names:
-        try:
-            cfg_scale = float(scale)
-        except (TypeError, ValueError):
-            cfg_scale = math.nan
-        if not 0 <= cfg_scale < math.inf:
-            raise ValueError(f"the guidance scale must be a number of at least 0, not {scale}")
-        settings |= {"cfg_scale": cfg_scale, "schedule": schedule}
+        with contextlib.suppress(ValueError):  # of a sweep, scales are texts
+            scale = float(scale)
+        settings["cfg_scale"] = check_setting("the guidance scale", float, Range(at_least=0), scale)
+        settings["schedule"] = schedule
     demo.pictures.with_settings(**settings)  # refuses what does not fit, of a sweep before its first picture
-    return settings | {"seed": int(seed_or_0)} | ({"class_labels": label} if demo.names else {})
+    settings["seed"] = check_setting("the seed", int, Range(0, at_most=2**64 - 1), seed)
+    return settings | ({"class_labels": label} if demo.names else {})
 
 
 def denoise(
@@ -168,28 +155,45 @@ def denoise(
         if last or look or before >= due:
             image = pictures.codec.decode(state.x if last or noisy else state.pred_xstart)[0].cpu().numpy()
             words = f"done in {time.monotonic() - start:.1f} s" if last else f"step {state.step} of {state.num_steps}"
-            yield Frame(state.step / state.num_steps, words, image, look and look())
-            now = time.monotonic()
-            due = now + max(_SECONDS, _PATIENCE * (now - before))
+            yield Frame(state.step, state.step / state.num_steps, words, image, look and look())
+            due = time.monotonic() + max(_SECONDS, _PATIENCE * (time.monotonic() - before))
+
+
+def saved(folder: Path, demo: Demo, settings: Settings, image: Image.Image, what: str) -> str:
+    """A picture as a file, which is downloaded under its name: class or model, seed and what it shows."""
+    label = settings.get("class_labels")
+    name = demo.pictures.config.model if label is None else demo.names[label]
+    path = folder / (re.sub(r"\W+", "-", f"{name[:80]} seed {settings['seed']} {what}") + ".png")
+    image.save(path)
+    return str(path)
 
 
 def command(demo: Demo, settings: Settings) -> str:
     """The command line that makes the same picture, logs/app/png/000000.png."""
-    guided: Settings = {"cfg_cond": True} if demo.names else {}
-    label = settings.get("class_labels")
+    flags = demo.flags | settings | {"num_samples": 1, "log_dir": "logs/app", "save_png": True, "overwrite": True}
+    flags["guidance.schedule"], label = flags.pop("schedule", None), settings.get("class_labels")
+    flags["cfg_cond"] = True if demo.names else None
     if label is not None and list(demo.names).count(demo.names[label]) == 1:  # some names are numbers of other classes
-        guided["class_labels"] = demo.names[label]
-    common = {"num_samples": 1, "log_dir": "logs/app", "save_png": True, "overwrite": True}
-    return shlex.join(["python", "sample.py", *demo.arguments, *flags_of(settings | common | guided)])
+        flags["class_labels"] = demo.names[label]
+    words = (word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value)))
+    return shlex.join(["python", "sample.py", *words])
 
 
 def build_page(demo: Demo) -> gr.Blocks:
     """What all tabs have in common beside the tabs; what means nothing to the checkpoint is hidden."""
     config, guided, names = demo.pictures.config, bool(demo.names), list(demo.names)
+    sampling, guidance = config.sampling, config.guidance
     classes = f"{len(demo.names)} classes, " if demo.names else ""
     process = f"{config.process_config.title} {'of pixels' if config.codec.vae == PIXELS else 'in latents'}"
     schedules = ["auto", *config.process_config.guidance_schedules]
-    with gr.Blocks(title=f"DiffiT: {config.model}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    blocks = gr.Blocks(title=f"DiffiT: {config.model}", analytics_enabled=False, delete_cache=(3600, 3600))
+    with TemporaryDirectory() as folder, blocks as page:
+        first: list[str] = []
+        if config.model in BUNDLED:  # which is small: the picture of the recommended settings is there at once
+            fields = sampling.sampler, guidance.schedule, str(sampling.num_sampling_steps), guidance.scale
+            *_, last = denoise(demo.pictures, settings := read_settings(demo, 0, 0, *fields))
+            images = {f"step {last.step}": picture_of(last.image), "large": _clickable(last)}
+            first = [saved(Path(folder), demo, settings, image, what) for what, image in images.items()]
         gr.Markdown(
             f"## {config.model}\n{config.image_size}x{config.image_size} pixels, {classes}{process}. "
             "The same settings always make the same picture."
@@ -204,41 +208,39 @@ def build_page(demo: Demo) -> gr.Blocks:
                         visible=guided,
                     ),
                     gr.Number(0, label="Seed"),
-                    gr.Dropdown(list(SAMPLERS[config.process]), value=config.sampling.sampler, label="Sampler"),
-                    gr.Dropdown(schedules, value=config.guidance.schedule, label="Guidance schedule", visible=guided),
+                    gr.Dropdown(list(SAMPLERS[config.process]), value=sampling.sampler, label="Sampler"),
+                    gr.Dropdown(schedules, value=guidance.schedule, label="Guidance schedule", visible=guided),
                 ]
                 # What is typed replaces the class that is shown, and finds another.
                 common[0].focus(None, js="() => document.activeElement.select()", api_visibility="private")
             with gr.Column(scale=3):
                 for title, tab in TABS.items():
                     with gr.Tab(title):
-                        tab(demo, common)
+                        tab(demo, common, *first)
     return page
 
 
-def picture_tab(demo: Demo, common: Sequence[Component]) -> None:
+def picture_tab(demo: Demo, common: Sequence[Component], first: str | None = None, _: str | None = None) -> None:
     """One picture, seen while it is denoised, and the command line that makes it."""
 
-    def run(*values: Any) -> Iterator[Sequence[Any]]:
+    def run(folder: Path, *values: Any) -> Iterator[Sequence[Any]]:
         *fields, noisy = values
         settings = read_settings(demo, *fields)
         for frame in denoise(demo.pictures, settings, noisy):
-            line = command(demo, settings) if frame.done == 1 else None
-            yield _progress(frame.done, frame.words), picture_of(frame.image), line
+            shown = saved(folder, demo, settings, picture_of(frame.image), f"step {frame.step}")
+            yield _progress(frame.done, frame.words), shown, command(demo, settings) if frame.done == 1 else None
 
     steps_and_scale = _steps_and_scale(demo)
     noisy = gr.Checkbox(label="Show the noisy state x_t, not what the network believes the picture will be")
-    shown = _image(elem_classes="picture", height="min(24rem, 84vw)")
-    line = gr.Textbox(
-        label="The same picture, as logs/app/png/000000.png", buttons=["copy"], elem_classes="command", render=False
-    )
-    _run_below("Generate", run, [*common, *steps_and_scale, noisy], [shown, line])
+    label = "The same picture, as logs/app/png/000000.png"
+    line = gr.Textbox(label=label, buttons=["copy"], elem_classes="command", render=False)
+    _run_below("Generate", run, [*common, *steps_and_scale, noisy], [_picture(first), line])
 
 
-def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
+def sweep_tab(demo: Demo, common: Sequence[Component], *_: str) -> None:
     """One seed over guidance scales and numbers of steps, as a labelled grid: a row a scale, a column a number."""
 
-    def run(*values: Any) -> Iterator[Sequence[Any]]:
+    def run(folder: Path, *values: Any) -> Iterator[Sequence[Any]]:
         label, seed, sampler, schedule, steps, scales = values
         rows = scales if demo.names else [None]
         cells = [read_settings(demo, label, seed, sampler, schedule, n, scale) for scale in rows for n in steps]
@@ -253,7 +255,8 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
                 images[number] = frame.image
                 whole = (number + frame.done) / len(cells)
                 words = f"picture {number + 1} of {len(cells)}, {frame.words}" if whole < 1 else "done"
-                yield _progress(whole, words), draw_grid(images, titles, columns=len(steps))
+                sheet = draw_grid(images, titles, columns=len(steps))
+                yield _progress(whole, words), saved(folder, demo, cell, sheet, "sweep")
 
     scales, steps = ["1", "1.5", "3", "6"], ["5", "10", "25", "50"]
     several = partial(gr.Dropdown, multiselect=True, allow_custom_value=True, info="choose, or type others")
@@ -262,15 +265,15 @@ def sweep_tab(demo: Demo, common: Sequence[Component]) -> None:
         several(steps, value=steps, label="Steps"),
         several(scales, value=scales, label="Guidance scales", visible=bool(demo.names)),
     ]
-    _run_below("Sweep", run, inputs, [_image(elem_classes="sweep")])
+    _run_below("Sweep", run, inputs, [_image(elem_classes="grid")])
 
 
-def attention_tab(demo: Demo, common: Sequence[Component]) -> None:
+def attention_tab(demo: Demo, common: Sequence[Component], _: str | None = None, first: str | None = None) -> None:
     """Where a token looks while a picture comes into being: pictures, and below them maps, over the steps."""
 
-    def run(*values: Any) -> Iterator[Sequence[Any]]:
-        *fields, row, column = values
-        settings, at = read_settings(demo, *fields), (row / 100, column / 100)
+    def run(folder: Path, *values: Any) -> Iterator[Sequence[Any]]:
+        *fields, at = values
+        settings = read_settings(demo, *fields)
         frames: list[Frame] = []
         model: Any = demo.pictures.network
         # A network of the same weights: should a run be stopped here, nothing watches the next one.
@@ -280,42 +283,23 @@ def attention_tab(demo: Demo, common: Sequence[Component]) -> None:
             for frame in denoise(watched, settings, look=lambda: average([seen[:1] for seen in maps.values()])[0]):
                 frames.append(frame)
                 chosen = np.linspace(0, len(frames) - 1, min(_MOMENTS, len(frames))).round().astype(int)
-                yield _progress(frame.done, frame.words), draw_attention([frames[i] for i in chosen], at)
+                strip = draw_attention([(frames[i].image, frames[i].seen, frames[i].words) for i in chosen], at)
+                files = ((_clickable(frame), f"step {frame.step}"), (strip, "attention"))
+                yield _progress(frame.done, frame.words), *(saved(folder, demo, settings, *file) for file in files)
+
+    def clicked(event: gr.SelectData) -> Position:
+        return event.index[1] / _CLICKABLE[1], event.index[0] / _CLICKABLE[0]
 
     gr.Markdown(
-        "Below each picture: where the token in the red box looks, mean over heads and blocks. 2x is twice as much as "
-        "if it looked everywhere alike."
+        "Where the token in the red box looks, mean over heads and blocks; 2x is twice as much as if it looked "
+        "everywhere alike. A click on the picture takes another token."
     )
-    steps_and_scale = _steps_and_scale(demo)
-    with gr.Row():
-        token = [
-            gr.Slider(0, 99, 50, step=1, label=f"{axis} of the token, % of the side") for axis in ("Row", "Column")
-        ]
-    inputs = [*common, *steps_and_scale, *token]
-    _run_below("Watch", run, inputs, [_image(elem_classes="attention")])
+    steps_and_scale, at, shown = _steps_and_scale(demo), gr.State((0.5, 0.5)), _picture(first)
+    shown.select(clicked, None, at, show_progress="hidden", api_visibility="private")
+    _run_below("Watch", run, [*common, *steps_and_scale, at], [shown, _image(elem_classes="grid")], at.change)
 
 
-def draw_attention(frames: Sequence[Frame], at: Position) -> Image.Image:
-    """Images and, below them, maps [S, S] of what a token sees, the token marked in both; a column a frame."""
-    highest = max(float(np.nanmax(frame.seen)) for frame in frames)
-    images, titles = [], []
-    for is_map in (False, True):
-        for frame in frames:
-            side, tokens = len(frame.image), len(frame.seen)
-            shown = picture_of(frame.image).convert("RGB")
-            if is_map:
-                grey = Image.fromarray(np.nan_to_num(255 * frame.seen / highest).astype(np.uint8))
-                coloured = ImageOps.colorize(grey, "#220044", "#ffee44", mid="#cc3355")
-                shown = coloured.resize((side, side), Image.Resampling.NEAREST)
-            top, left = (int(part * tokens) * side // tokens for part in at)
-            box = (left, top, left + side // tokens - 1, top + side // tokens - 1)
-            ImageDraw.Draw(shown).rectangle(box, outline="red")
-            images.append(np.asarray(shown))
-            titles.append(f"up to {np.nanmax(frame.seen):.1f}x" if is_map else frame.words)
-    return draw_grid(images, titles, columns=len(frames))
-
-
-TABS: dict[str, Callable[[Demo, Sequence[Component]], None]] = {
+TABS: dict[str, Callable[..., None]] = {  # of the demo, the fields of all tabs, and perhaps two files of a picture
     "One picture": picture_tab,
     "Sweep": sweep_tab,
     "Attention": attention_tab,
@@ -325,9 +309,9 @@ TABS: dict[str, Callable[[Demo, Sequence[Component]], None]] = {
 def _steps_and_scale(demo: Demo) -> tuple[Component, Component]:
     """Two fields side by side, as the checkpoint recommends."""
     with gr.Row():
-        steps = gr.Textbox(str(demo.pictures.config.sampling.num_sampling_steps), label="Steps", min_width=120)
-        recommended, guided = demo.pictures.config.guidance.scale, bool(demo.names)
-        scale = gr.Number(recommended, label="Guidance scale", step=0.1, min_width=120, visible=guided)
+        config, guided = demo.pictures.config, bool(demo.names)
+        steps = gr.Textbox(str(config.sampling.num_sampling_steps), label="Steps", min_width=120)
+        scale = gr.Number(config.guidance.scale, label="Guidance scale", step=0.1, min_width=120, visible=guided)
     return steps, scale
 
 
@@ -336,19 +320,22 @@ def _run_below(
     run: Callable[..., Iterator[Sequence[Any]]],
     inputs: Sequence[Component],
     outputs: Sequence[Component],
+    *triggers: Any,
 ) -> None:
     """Buttons that start and stop a run, its progress, and its outputs. Of the whole page, one run goes at a time.
 
     Args:
         title: of the first button.
-        run: (*inputs) -> progress and outputs, again and again; its ValueErrors are shown as messages.
+        run: (a folder for files, *inputs) -> progress and outputs, again and again; its ValueErrors are shown.
         inputs: on the page already.
         outputs: not rendered yet.
+        triggers: events that start it too.
     """
 
     def guarded(*values: Any) -> Iterator[Sequence[Any]]:
         try:
-            yield from run(*values)
+            with TemporaryDirectory() as folder:  # Gradio copies each file before it asks for the next
+                yield from run(Path(folder), *values)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -358,18 +345,15 @@ def _run_below(
     progress = gr.HTML(_progress(0, "ready"))
     for output in outputs:
         output.render()
-    going = start.click(
-        guarded,
-        inputs,
-        [progress, *outputs],
-        concurrency_id="sampling",
-        show_progress="minimal",
-        show_progress_on=progress,
-        api_visibility="private",
-    )
+    options = {"concurrency_id": "sampling", "show_progress": "minimal", "show_progress_on": progress}
+    going = gr.on([start.click, *triggers], guarded, inputs, [progress, *outputs], **options, api_visibility="private")
     # Gradio takes a run out of the queue, or closes its generator between two steps.
     ended = end.click(None, cancels=[going], queue=False, api_visibility="private")
     ended.then(lambda: _progress(0, "stopped"), None, progress, queue=False, api_visibility="private")
+
+
+def _clickable(frame: Frame) -> Image.Image:
+    return picture_of(frame.image).resize(_CLICKABLE, Image.Resampling.NEAREST)
 
 
 def _progress(done: float, words: str) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from diffit import load_model, sample_images
 from diffit.cli.app import parse_app
 from diffit.cli.sample import parse_sample
-from diffit.sampling.attention import average, watch
+from diffit.sampling.attention import average, draw_attention, watch
 from diffit.sampling.folder import draw_grid
 from diffit.sampling.generate import generate
 from tests.conftest import ROOT
@@ -116,7 +116,7 @@ def test_attention_while_it_is_drawn(kind, tmp_path):
     np.testing.assert_array_equal(frames[-1].image, plain[-1].image)
     np.testing.assert_array_equal([frame.seen for frame in frames], expected)
     assert len(frames) == int(fields[4])
-    strip = np.asarray(demo.draw_attention(frames, at))
+    strip = np.asarray(draw_attention([(frame.image, frame.seen, frame.words) for frame in frames], at))
     assert (strip == (255, 0, 0)).all(-1).any()  # the token is marked
 
 
@@ -137,7 +137,8 @@ def test_fields_are_checked_before_the_first_picture(kind, tmp_path):
         ("steps", "0", "0"),
         ("steps", "many", "many"),
         ("scale", None, "the field 'Guidance scale' is empty"),
-        ("scale", "much", "the guidance scale must be a number of at least 0, not much"),
+        ("scale", "much", "the guidance scale must be a number, not much"),
+        ("scale", "-2", "the guidance scale must be at least 0, not -2"),
         ("scale", "1e30", "guidance.scale"),
         ("sampler", "euler", "does not fit"),
     ):
@@ -207,8 +208,18 @@ def press(page, name):
 
 def image_of(page, style):
     """The pixels that the page shows."""
-    response = page.request.get(page.locator(f".{style} img").get_attribute("src"))
+    response = page.request.get(page.locator(f".{style}:visible img").get_attribute("src"))
     return Image.open(io.BytesIO(response.body()))
+
+
+def test_a_picture_is_there_on_opening(page):
+    """It is that of the settings that the page shows, in both tabs that show one; one of them enlarges it."""
+    images, _ = sample_images(*load_model("Diffit-Fashion"), 1, class_labels=0)
+    for tab, zoom in (("Attention", 16), ("One picture", 1)):
+        page.get_by_role("tab", name=tab).click()
+        page.locator(".picture:visible img").wait_for()
+        shown = np.asarray(image_of(page, "picture"))
+        np.testing.assert_array_equal(shown, images[0, :, :, 0].repeat(zoom, 0).repeat(zoom, 1))
 
 
 def test_a_picture_step_by_step(page, tmp_path, monkeypatch):
@@ -231,7 +242,8 @@ def test_a_picture_step_by_step(page, tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(np.asarray(image_of(page, "picture")), images[0, :, :, 0])
     with page.expect_download() as download:
-        page.locator(".picture").get_by_label("Download").click()
+        page.locator(".picture:visible").get_by_label("Download").click()
+    assert download.value.suggested_filename == "Ankle-boot-seed-3-step-60.png"
     np.testing.assert_array_equal(np.asarray(Image.open(download.value.path())), images[0, :, :, 0])
     command = page.locator(".command textarea").input_value()
     np.testing.assert_array_equal(written(command, tmp_path, monkeypatch), images[0, :, :, 0])
@@ -246,7 +258,7 @@ def test_stop_and_refusals(page):
     for label, text, words in (
         ("Steps", "5000", "--num_sampling_steps must be between 1 and 1000, not 5000"),
         ("Seed", "-1", "the seed must be between 0 and 2^64 - 1, not -1"),
-        ("Guidance scale", "-2", "the guidance scale must be a number of at least 0, not -2"),
+        ("Guidance scale", "-2", "the guidance scale must be at least 0, not -2"),
     ):
         field = page.get_by_label(label, exact=True)
         field.fill(text)
@@ -291,7 +303,7 @@ def test_stop_also_ends_a_run_that_waits(page, browser, url):
     wait_for(page, "stopped")
     other.wait_for_timeout(1000)
     wait_for(other, "stopped")
-    assert other.locator(".picture img").count() == 0
+    assert other.locator(".command textarea").input_value() == ""  # it never drew
     press(other, "Generate")
     wait_for(other, "done in")
     other.close()
@@ -331,11 +343,14 @@ def test_sweep(page):
         for scale, steps in cells
     ]
     expected = draw_grid(images, [f"s = {scale}, {steps} steps" for scale, steps in cells], columns=2)
-    np.testing.assert_array_equal(np.asarray(image_of(page, "sweep")), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(image_of(page, "grid")), np.asarray(expected))
 
 
 def test_attention(page):
-    """The strip of the tab's last moment holds the finished picture of `sample_images`, but for the mark."""
+    """The strip of the tab's last moment holds the finished picture of `sample_images`, but for the mark.
+
+    A click on the picture, here into its token (1, 6) of 8 x 8, watches that one.
+    """
     page.get_by_role("tab", name="Attention").click()
     panel = page.get_by_role("tabpanel")
     panel.get_by_label("Steps").fill("8")
@@ -343,7 +358,24 @@ def test_attention(page):
     wait_for(page, "done in")
     model, config = load_model("Diffit-Fashion")
     images, _ = sample_images(model, config, 1, class_labels=0, num_sampling_steps=8)
-    strip = np.asarray(image_of(page, "attention").convert("L"))
     zoomed = images[0, :, :, 0].repeat(4, 0).repeat(4, 1)
-    shown = strip[28 : 28 + 128, -136:-8]
-    assert (shown == zoomed).mean() > 0.97
+
+    def check(row, column):
+        strip = image_of(page, "grid")
+        shown = np.asarray(strip.convert("L"))[28 : 28 + 128, -136:-8]
+        assert (shown == zoomed).mean() > 0.97
+        red = (np.asarray(strip)[28 : 28 + 128, -136:-8] == (255, 0, 0)).all(-1)
+        assert [(int(x.min()) // 16, int(x.max()) // 16) for x in np.nonzero(red)] == [(row, row), (column, column)]
+
+    check(4, 4)
+    picture = page.locator(".picture:visible img")
+    box = picture.bounding_box()
+    side = min(box["width"], box["height"])  # the picture is square, in the middle
+    corner = (box["width"] - side) / 2, (box["height"] - side) / 2
+    picture.click(position={"x": corner[0] + side * 6.5 / 8, "y": corner[1] + side * 1.5 / 8})
+    wait_for(page, r"step \d+ of 8")
+    wait_for(page, "done in")
+    check(1, 6)
+    with page.expect_download() as download:
+        page.locator(".grid:visible").get_by_label("Download").click()
+    assert download.value.suggested_filename == "T-shirt-top-seed-0-attention.png"

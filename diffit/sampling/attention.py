@@ -11,9 +11,12 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
+from diffit.data.files import picture_of
 from diffit.nn.attention import WindowAttention
+from diffit.sampling.folder import draw_grid
 
 Position = tuple[float, float]  # row and column of a token, in parts of the side
 Maps = dict[str, NDArray[np.float64]]  # by block [B, S, S]
@@ -75,3 +78,19 @@ def average(maps: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     side = max(each.shape[-1] for each in maps)
     enlarged = np.stack([each.repeat(side // each.shape[-1], 1).repeat(side // each.shape[-1], 2) for each in maps])
     return np.ma.masked_invalid(enlarged).mean(0).filled(np.nan)
+
+
+def draw_attention(moments: Sequence[tuple[NDArray[np.uint8], NDArray[np.float64], str]], at: Position) -> Image.Image:
+    """Images [H, W, C] with titles above and, below, the maps [S, S] of what the token in the red box sees."""
+    images, maps, titles = zip(*moments, strict=True)
+    highest, side, tokens = max(float(np.nanmax(seen)) for seen in maps), len(images[0]), len(maps[0])
+    pictures = [picture_of(image).convert("RGB") for image in images]
+    for seen in maps:
+        grey = Image.fromarray(np.nan_to_num(255 * seen / highest).astype(np.uint8))
+        coloured = ImageOps.colorize(grey, "#220044", "#ffee44", mid="#cc3355")
+        pictures.append(coloured.resize((side, side), Image.Resampling.NEAREST))
+    top, left = (int(part * tokens) * side // tokens for part in at)
+    for shown in pictures:
+        ImageDraw.Draw(shown).rectangle((left, top, left + side // tokens - 1, top + side // tokens - 1), outline="red")
+    below = [f"up to {np.nanmax(seen):.1f}x" for seen in maps]
+    return draw_grid([np.asarray(shown) for shown in pictures], [*titles, *below], columns=len(images))
