@@ -6,6 +6,7 @@ import torch
 
 from diffit.diffusion import create_diffusion, space_timesteps
 from diffit.diffusion.gaussian import discretized_gaussian_log_likelihood
+from diffit.diffusion.schedule import named_betas
 from tests.golden_models import relative_error
 
 SCHEDULES = ("linear", "squaredcos_cap_v2")
@@ -125,6 +126,26 @@ def test_forward_process_composes():
     for respacing in ("250", "7", "10,15,20", "ddim50"):
         kept = create_diffusion(respacing)
         np.testing.assert_allclose(kept.alphas_cumprod, full.alphas_cumprod[kept.timestep_map], rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [21, 100, 4000])
+def test_betas_of_other_numbers_of_steps(count):
+    """Linear ones are scaled by 1000/T; those of the cosine have its alpha-bars, but for the cap at the end."""
+    betas = named_betas("linear", count)
+    np.testing.assert_allclose(betas, 0.1 / count + np.arange(count) * 19.9 / count / (count - 1), rtol=1e-12)
+    alpha_bars = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = named_betas("squaredcos_cap_v2", count)
+    np.testing.assert_allclose(np.cumprod(1 - betas)[:-1], (alpha_bars / alpha_bars[0])[1:-1], rtol=1e-9)
+    assert betas[-1] == 0.999
+
+
+@pytest.mark.parametrize(
+    ("respacing", "kept"),
+    [("1", [0]), ("2", [0, 9]), ("10", range(10)), ("1,1,1", [0, 4, 7]), ("4,3,2", [0, 1, 2, 3, 4, 5, 6, 7, 9])],
+)
+def test_respacings_of_ten_steps(respacing, kept):
+    """Three sections of ten steps have 4, 3 and 3; each keeps its first step, and its last one if it keeps two."""
+    assert space_timesteps(10, respacing) == list(kept)
 
 
 @pytest.mark.parametrize("respacing", ["0", "1001", "ddim501", "ddim", "fifty", "10,,20", "-3"])

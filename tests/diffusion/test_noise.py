@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from diffit.diffusion import SampleNoise
+from diffit.diffusion.noise import RandomStream
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -23,6 +24,21 @@ def test_streams_differ():
     correlation = np.corrcoef(rows)
     np.fill_diagonal(correlation, 0)
     assert np.abs(correlation).max() < 0.35  # 256 values: five deviations of chance
+
+
+def test_what_every_sample_and_training_is_made_of():
+    """Another purpose's number, or another key, would change them all."""
+    numbers = {"LABEL": 0, "START": 1, "STEP": 2, "FLIP": 15, "ORDER": 16, "CORRUPTION": 17, "POSTERIOR": 18}
+    numbers |= {"VALIDATION": 19, "DROPOUT": 64}
+    assert {stream.name: stream.value for stream in RandomStream} == numbers
+    draws = {}
+    for name in ("LABEL", "START", "STEP"):  # Philox's key and counter as whole numbers: the first word is the lowest
+        draws[name] = np.random.Generator(np.random.Philox(key=7 + (3 << 64), counter=numbers[name] << 192))
+    noise = SampleNoise(7, [3], (4, 2, 2))
+    np.testing.assert_array_equal(noise.start()[0], draws["START"].standard_normal((4, 2, 2), np.float32))
+    for _ in range(2):
+        np.testing.assert_array_equal(noise()[0], draws["STEP"].standard_normal((4, 2, 2), np.float32))
+    assert noise.labels(1000).tolist() == [draws["LABEL"].integers(1000)]
 
 
 def test_distribution():
