@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,8 +29,8 @@ __all__ = ["DiffiTPipeline", "DiffiTTransformer2DModel", "ImageDiffiTTransformer
 """
 
 
-class _Checkpointed(nn.Module):
-    """Gradient checkpointing as diffusers switches it on: each block is computed again in the backward pass."""
+class _Trained(PeftAdapterMixin, nn.Module):
+    """Training as diffusers users know it: adapters, and blocks that are computed again in the backward pass."""
 
     blocks_in_order: Any  # of both networks
     _supports_gradient_checkpointing = True
@@ -49,20 +50,23 @@ class _Checkpointed(nn.Module):
         self.gradient_checkpointing = False
 
 
-class DiffiTTransformer2DModel(_Checkpointed, ModelMixin, DiffiT, ConfigMixin):
+class DiffiTTransformer2DModel(_Trained, ModelMixin, DiffiT, ConfigMixin):
     """`diffit.DiffiT` with the config, loading and saving of diffusers."""
 
     config: Any
     __init__ = register_to_config(DiffiT.__init__)
 
 
-class ImageDiffiTTransformer2DModel(_Checkpointed, ModelMixin, ImageDiffiT, ConfigMixin):
+class ImageDiffiTTransformer2DModel(_Trained, ModelMixin, ImageDiffiT, ConfigMixin):
     """`diffit.ImageDiffiT` with the config, loading and saving of diffusers."""
 
     config: Any
     __init__ = register_to_config(ImageDiffiT.__init__)
-    # Diffusers would give the config's `encoder` and `decoder`, which are words, before the parts of these names.
-    __getattr__ = nn.Module.__getattr__
+
+    def __getattr__(self, name: str) -> Any:
+        # Diffusers would give the config's `encoder` and `decoder`, which are words, before the parts of these names.
+        parts = self.__dict__.get("_modules", {})
+        return parts[name] if name in parts else super().__getattr__(name)
 
 
 Transformer = DiffiTTransformer2DModel | ImageDiffiTTransformer2DModel
