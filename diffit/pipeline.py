@@ -7,7 +7,7 @@
 
     model_index.json    the components, and what the checkpoint recommends: process, sampling, guidance, class names
     transformer/, vae/  config.json and weights (safetensors); image-space models have no VAE
-    README.md           the model card; beside it, two small modules for plain diffusers (see components.py)
+    README.md           the model card, with a picture of samples; two small modules for plain diffusers
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one 
 
     raise SystemExit(imported("diffit.cli.pipeline:main")())
 
+import contextlib
 import json
 import os
 import tempfile
@@ -24,12 +25,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import is_accelerate_available
 from huggingface_hub import create_repo, upload_folder
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from diffit import components, hub
@@ -38,6 +41,7 @@ from diffit.checkpoint.resolve import PIPELINE_FILE, Source, damaged_pipeline, f
 from diffit.checkpoint.weights import load_weights
 from diffit.codec import VAECodec, create_codec
 from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Transformer, as_component
+from diffit.sampling.folder import draw_grid, save_png
 from diffit.sampling.images import ImageSampler, changed
 from diffit.sampling.labels import class_names, known_labels, resolve_labels
 from diffit.system.files import as_tree, explained_write, first_line, quiet_hub, write_atomically
@@ -67,7 +71,7 @@ class DiffiTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: Transformer,
-        vae: AutoencoderKL | None,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         checkpoint: dict[str, Any] | None = None,
         card: dict[str, Any] | None = None,
     ) -> None:
@@ -169,6 +173,13 @@ class DiffiTPipeline(DiffusionPipeline):
 
     scheduler = property(fset=_refuse_scheduler)
 
+    def enable_model_cpu_offload(self, *_: Any, **others: Any) -> None:
+        raise ValueError(
+            "DiffiTPipeline offers no offloading: move it by pipeline.to(device), in 16 bits to save memory"
+        )
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
     @property
     def labels(self) -> dict[str, int]:
         """The classes: name -> number; ImageNet's synonyms too, and no name that several classes have."""
@@ -194,12 +205,9 @@ class DiffiTPipeline(DiffusionPipeline):
         client = {key: kwargs.pop(key) for key in hub.DOWNLOAD_SETTINGS if key in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
         source, config = find_checkpoint(path=name, door="from_pretrained", **client)
-        if source.path is not None and (source.path.parent / PIPELINE_FILE).is_file():
-            return cls._from_folder(source.path.parent, **kwargs)
-        return cls._from_checkpoint(name, source, config, **kwargs)
-
-    @classmethod
-    def _from_folder(cls, folder: Path, **kwargs: Any) -> DiffiTPipeline:
+        folder = source.path.parent if source.path else Path()
+        if source.path is None or not (folder / PIPELINE_FILE).is_file():
+            return cls._from_checkpoint(name, source, config, **kwargs)
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which it needs
         try:
             return super().from_pretrained(str(folder), **kwargs)
@@ -251,16 +259,30 @@ class DiffiTPipeline(DiffusionPipeline):
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained writes a folder: call push_to_hub(repo_id) to upload it")
         size = sum(parameter.numel() for parameter in self.transformer.parameters())
-        card = hub.model_card(self._settings, repo_id or folder.resolve().name, size, **self.config["card"])
+        picture = self._picture() if size < 2e7 or self.device.type != "cpu" else None  # large ones take hours there
+        facts = self.config["card"] | {"picture": picture is not None}
+        card = hub.model_card(self._settings, repo_id or folder.resolve().name, size, **facts)
         modules = (f"{PIPELINE_MODULE}.py", f"transformer/{NETWORK_MODULE}.py")
         files = {"README.md": card} | dict.fromkeys(modules, MODULE_SOURCE)
         with explained_write(f"the pipeline to {folder}", "choose another"):
             (folder / "transformer").mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
                 write_atomically(folder / name, text.encode())
+            if picture is not None:
+                save_png(folder / hub.SAMPLES, picture)
             if self.vae is not None:  # sampling laid its decoder out for convolutions, which old diffusers cannot save
                 self.vae.decoder.to(memory_format=torch.contiguous_format)
             super().save_pretrained(str(folder), **kwargs)
+
+    def _picture(self) -> Image.Image | None:
+        """Eight images for the card, of classes from the first to the last; none where they cannot be drawn."""
+        names = class_names(self._settings)
+        labels = [i * len(names) // 8 for i in range(8)] if names else None
+        with contextlib.suppress(ValueError, RuntimeError):  # in training mode, say, or not finite
+            images = self(labels, num_images=8, output_type="np", return_dict=False)[0]
+            titles = [names[label] for label in labels] if labels else 8 * [""]
+            return draw_grid([(255 * image).round().astype(np.uint8) for image in images], titles)
+        return None
 
     def push_to_hub(
         self,

@@ -7,6 +7,7 @@ import torch
 
 from diffit.components import as_component
 from diffit.models.config import model_config
+from diffit.nn.attention import WindowAttention, matmul_attention
 from tests.small_models import NETWORK, random_network
 
 NETWORKS = {
@@ -69,3 +70,52 @@ def test_export_with_a_dynamic_batch_and_tracing(network):
     for count in (1, 5):
         for other in (program, traced):
             torch.testing.assert_close(other(*inputs(network, count)), network(*inputs(network, count)))
+
+
+def test_forward_mode_differentiation_with_the_equations_as_written(network):
+    """As mean flows are trained: d/dt of the network along (x, t), and the gradient of that."""
+    for module in network.modules():
+        if isinstance(module, WindowAttention):
+            module.attention = matmul_attention
+    network = network.double()
+    x, t, y = inputs(network)
+    x, t, step = x.double(), t.double(), 2e-4
+    v, one = torch.randn_like(x), torch.ones_like(t)
+    _, tangent = torch.func.jvp(lambda x, t: network(x, t, y), (x, t), (v, one))
+    ahead, behind = (network(x + sign * step * v, t + sign * step, y) for sign in (1, -1))
+    error = (tangent - (ahead - behind) / (2 * step)).abs().max()
+    assert error < 0.01 * tangent.abs().max()  # the features of time are float32
+    tangent.square().mean().backward()
+    assert network.t_embedder.mlp[0].weight.grad.abs().max() > 0
+
+
+def test_lora_is_trained_saved_loaded_and_merged(network, tmp_path):
+    peft = pytest.importorskip("peft")
+    start, again, names = network(*inputs(network)), copy.deepcopy(network), network.state_dict().keys()
+    network.requires_grad_(False)
+    network.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "attn.proj", "qkv_temb"]))
+    trained = [p for p in network.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 3 * len(network.blocks_in_order())
+    optimizer = torch.optim.SGD(trained, 0.1)
+    for _ in range(3):
+        network(*inputs(network)).square().mean().backward()
+        optimizer.step()
+    out = network(*inputs(network))
+    assert (out - start).abs().max() > 1e-3
+    network.save_lora_adapter(tmp_path)
+    again.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    torch.testing.assert_close(again(*inputs(again)), out)
+    again.fuse_lora()
+    again.unload_lora()
+    assert again.state_dict().keys() == names
+    torch.testing.assert_close(again(*inputs(again)), out)
+
+
+def test_parts_come_before_words_of_the_config(network):
+    assert all(isinstance(part, torch.nn.Module) for part in network.children())
+    for name, value in network.config.items():
+        if name in dict(network.named_children()):
+            assert getattr(network, name) is network.get_submodule(name)
+        elif not name.startswith("_") and name not in vars(network):
+            with pytest.warns(FutureWarning):
+                assert getattr(network, name) == value

@@ -1,5 +1,6 @@
 """The pipeline draws what sample_images draws, survives its folder bit for bit, and loads in plain diffusers."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,20 +12,32 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from diffit import DiffiTPipeline, load_model, sample_images
+from diffit import DiffiTPipeline, hub, load_model, sample_images
 from diffit.checkpoint.config import CheckpointConfig
 from diffit.cli.pipeline import main
 from diffit.codec import create_codec
 from diffit.components import DiffiTTransformer2DModel
+from diffit.config import CodecConfig
+from diffit.sampling.folder import draw_grid
+from diffit.system.console import printable
 from tests.conftest import ROOT
 from tests.local_hub import local_hub
-from tests.small_models import save_small_checkpoint, save_small_image_checkpoint, save_small_vae
+from tests.small_models import CLASSES, NETWORK, save_small_checkpoint, save_small_image_checkpoint, save_small_vae
 from tests.training.runs import run, tiny_flags
 
-COMMON = {"README.md", "model_index.json", "pipeline.py", "transformer/config.json", "transformer/modeling_diffit.py"}
+COMMON = {
+    "README.md",
+    "samples.png",
+    "model_index.json",
+    "pipeline.py",
+    "transformer/config.json",
+    "transformer/modeling_diffit.py",
+}
 COMMON |= {"transformer/diffusion_pytorch_model.safetensors"}
 VAE = {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
 
@@ -143,6 +156,24 @@ def test_a_saved_pipeline_draws_the_same(pipelines, saved, kind):
     np.testing.assert_array_equal(arrays(again, ["Dog", "Cat"]), arrays(pipelines[kind], ["Dog", "Cat"]))
 
 
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_the_picture_on_the_card_is_of_eight_samples(pipelines, saved, kind):
+    labels = [0, 0, 0, 1, 1, 1, 2, 2]
+    images = [np.asarray(image) for image in pipelines[kind](labels).images]
+    with Image.open(saved / kind / "samples.png") as picture:
+        expected = draw_grid(images, [CLASSES[label] for label in labels])
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+    assert "![Samples](samples.png)" in (saved / kind / "README.md").read_text()
+
+
+def test_what_cannot_be_drawn_can_be_saved(checkpoints, tmp_path):
+    pipeline = DiffiTPipeline.from_pretrained(checkpoints["image"])
+    pipeline.transformer.train()
+    pipeline.save_pretrained(tmp_path)
+    assert files_of(tmp_path) == COMMON - {"samples.png"}
+    assert "![Samples]" not in (tmp_path / "README.md").read_text()
+
+
 def test_saving_again_changes_nothing(saved, tmp_path):
     """Not even after sampling, which lays the VAE's weights out anew."""
     again = DiffiTPipeline.from_pretrained(saved / "latent")
@@ -180,14 +211,56 @@ def test_the_bundled_model_and_its_card(tmp_path):
     pipeline.save_pretrained(tmp_path, repo_id="someone/fashion")
     card = (tmp_path / "README.md").read_text()
     for words in (
-        "---\nlibrary_name: diffusers\nlicense: apache-2.0\npipeline_tag: unconditional-image-generation\ntags:\n",
+        "\nlibrary_name: diffusers\nlicense: apache-2.0\npipeline_tag: unconditional-image-generation\ntags:\n",
         'DiffiTPipeline.from_pretrained("someone/fashion")',
         "configs/fashion_mnist.yaml, 4114 steps of 1024 images",
         "| Classified as asked | Inception Score | FID | Precision | Recall |\n| --- | --- | --- | --- | --- |\n",
         "| 0.949 | 6.77 | 0.1971 | 0.881 | 0.7063 |",
         "50 steps of ddpm, guidance at 1.5",
+        "![Samples](samples.png)",
     ):
         assert words in card
+    data = ModelCard(card).data
+    assert (data.datasets, data.license) == (["zalando-datasets/fashion_mnist"], "apache-2.0")
+
+
+STRANGE = [
+    "a|b",
+    "*bold* ~~no~~ $x$",
+    "[x](y)",
+    "<b>&amp;<!--",
+    "two\nlines",
+    "\x1b[31mred",
+    "`code",
+    "_in_",
+    "\\|",
+    "![i](j)",
+]
+
+
+def test_a_card_shows_the_names_of_strangers_as_they_are():
+    """As a reader of Markdown sees them; control characters, which no page shows, as the console does."""
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
+    network = dataclasses.replace(NETWORK, num_classes=len(STRANGE))
+    for name in STRANGE:
+        config = CheckpointConfig("Diffit-S", network, CodecConfig(name), class_names=tuple(STRANGE), made_by=name)
+        scores = {"fid": 1.5, "samples": name, "reference": name, "features": name}
+        card = ModelCard(hub.model_card(config, f"who/{name}", 10**6, name, scores, picture=False))
+        assert card.data.model_name == name
+        assert card.data.eval_results[0].dataset_name == name
+        parts = [block.children for block in markdown.parse(card.text) if block.type == "inline"]
+        known = {"text", "code_inline", "link_open", "link_close"}  # the card's own
+        assert {part.type for parts_of_one in parts for part in parts_of_one} == known
+        lines = ["".join(part.content for part in line) for line in parts]
+        for expected in (name, f"10 classes: {', '.join(STRANGE)}", f"The weights are under {name}."):
+            assert printable(expected) in lines
+        assert (
+            f"By ADM's protocol, on {printable(name)} against {printable(name)}, features: {printable(name)}." in lines
+        )
+        assert sum(line == printable(name) for line in lines) == 3  # title, recipe, VAE
+        code = card.text.split("```python\n")[1].split("```")[0]
+        assert f"{STRANGE[0]!r}, {STRANGE[-1]!r}" in code
+        compile(code, "card", "exec")
 
 
 def test_the_lines_on_the_card_work(saved, monkeypatch):
@@ -209,6 +282,16 @@ def test_scores_beside_the_weights_are_on_the_card(checkpoints, tmp_path):
     DiffiTPipeline.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     for name in ("one", "two"):
         card = (tmp_path / name / "README.md").read_text()
+        (result,) = ModelCard(card).data.eval_results
+        found = (
+            result.dataset_name,
+            result.metric_type,
+            result.metric_name,
+            result.metric_value,
+            result.dataset_config,
+        )
+        assert found == ("b.npz", "fid", "FID", 2.34567, None)
+        assert ModelCard(card).data.model_name == name
         assert "on a.npz against b.npz" in card
         assert "| FID |\n| --- |\n| 2.346 |" in card
     (tmp_path / "scores.json").write_text("{")
@@ -291,6 +374,9 @@ def test_habits_of_other_pipelines_are_named(pipelines, name, words):
     with pytest.raises(ValueError, match=r"pass sampler='dpm\+\+'"):
         pipelines["image"].scheduler = object()
     assert not hasattr(pipelines["image"], "scheduler")
+    for offload in (pipelines["image"].enable_model_cpu_offload, pipelines["image"].enable_sequential_cpu_offload):
+        with pytest.raises(ValueError, match=r"offers no offloading: move it by pipeline\.to"):
+            offload(device="cpu")
 
 
 def test_a_callback_changes_nothing_and_may_stop(pipelines):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from diffit.data.files import picture_of
+from diffit.system.console import printable
 from diffit.system.files import difference, explained_write, npz_member, open_atomically, write_atomically
 
 MANIFEST = "manifest.json"
@@ -246,6 +247,7 @@ def draw_grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str], column
     for number, (image, title) in enumerate(zip(images, titles, strict=True)):
         left = gap + number % columns * cell_width
         top = gap + number // columns * cell_height
+        title = printable(title)
         while font.getlength(title) > width * zoom and len(title) > 1:
             title = title.removesuffix("…")[:-1] + "…"
         draw.text((left, top + 2), title, "black", font)
