@@ -1,5 +1,7 @@
 """The scripts as a user starts them: from any folder, with mistakes, and quickly."""
 
+import ast
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -50,6 +52,21 @@ def test_commands_of_the_package(command, tmp_path):
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert result.stdout.startswith("usage: ")
+
+
+def test_scripts_import_what_there_is():
+    """Also below `if __name__ == "__main__"`, where no other test of a tool comes by."""
+    missing = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("evaluations/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "diffit":
+                module = importlib.import_module(node.module)
+                missing += [f"{path.name}: {node.module}.{each.name}" for each in node.names if not known(module, each)]
+    assert missing == []
+
+
+def known(module, imported):
+    return hasattr(module, imported.name) or importlib.util.find_spec(f"{module.__name__}.{imported.name}") is not None
 
 
 COMMANDS = {

@@ -7,9 +7,9 @@ A length that the snapshots do not carry, by more than 1%, is refused. docs/trai
 """
 
 if __name__ == "__main__":  # above the imports, which take long: Ctrl-C is one line during them too
-    from diffit.cli.run import start
+    from diffit.cli.run import imported
 
-    start("posthoc_ema:main")
+    raise SystemExit(imported("posthoc_ema:main")())
 
 import argparse
 from collections.abc import Sequence
