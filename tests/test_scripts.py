@@ -66,7 +66,10 @@ def test_scripts_import_what_there_is():
 
 
 def known(module, imported):
-    return hasattr(module, imported.name) or importlib.util.find_spec(f"{module.__name__}.{imported.name}") is not None
+    """Whether a name is in a module, or is a module of a package."""
+    if hasattr(module, imported.name) or not hasattr(module, "__path__"):
+        return hasattr(module, imported.name)
+    return importlib.util.find_spec(f"{module.__name__}.{imported.name}") is not None
 
 
 COMMANDS = {
