@@ -201,8 +201,8 @@ def test_classes_and_guidance(sample):
     ("flags", "words"),
     [
         ("--sampler ddpm", "the ddpm sampler does not fit the edm process: choose heun"),
-        ("--sampling.s_churn -1", "s_churn must be at least 0, not -1"),
-        ("--sampling.s_min -0.1", "s_min must be at least 0"),
+        ("--sampling.s_churn -1", "s_churn must be between 0 and 1e+06, not -1.0"),
+        ("--sampling.s_min -0.1", "s_min must be between 0 and 1e+12"),
         ("--sampling.s_noise -1", "s_noise must be between 0 and"),
         ("--sampling.s_min 3 --sampling.s_max 2", "s_max must be at least 3.0, not 2.0"),
         ("--sampling.eta 0.5", "the heun sampler of the edm process does not read --sampling.eta: leave it out"),

@@ -101,7 +101,7 @@ def test_meaningless_upstream_flags(flag, capsys):
         ("--vae_decoder big", "ema, mse"),
         ("--image_size 300 --model Diffit", "choose 256 or 512"),
         ("--class_labels --seed 1", "at least one class"),
-        ("--guidance.skip_below -1", "--guidance.skip_below must be at least 0, not -1"),
+        ("--guidance.skip_below -1", "--guidance.skip_below must be between 0 and 1e+06, not -1.0"),
     ],
 )
 def test_refusals(line, words, capsys):
