@@ -144,7 +144,7 @@ def test_what_is_skipped_is_bounded():
     x, t = torch.randn(2, 4, 2, 2), torch.full((2,), min(skipped))
     difference = (linear_model(x, t, labels) - linear_model(x, t, torch.full((2,), 9))).abs().max()
     assert (cfg.labelled(x, t) - cfg(x, t)).abs().max() <= 1e-3 * difference + 1e-5
-    with pytest.raises(ValueError, match="skip_below must be between 0 and 1e\+06, not -1"):
+    with pytest.raises(ValueError, match=r"skip_below must be between 0 and 1e\+06, not -1"):
         check_process(DiffusionConfig(), SamplingConfig(), GuidanceConfig(skip_below=-1.0))
     with pytest.raises(ValueError, match="edm process has no timesteps"):
         check_process(EDMConfig(), SamplingConfig("heun"), GuidanceConfig(skip_below=1e-3))
