@@ -44,6 +44,7 @@ from diffit.components import MODULE_SOURCE, NETWORK_MODULE, PIPELINE_MODULE, Tr
 from diffit.sampling.folder import draw_grid, save_png
 from diffit.sampling.images import ImageSampler, changed
 from diffit.sampling.labels import class_names, known_labels, resolve_labels
+from diffit.system.console import progress
 from diffit.system.files import as_tree, explained_write, first_line, quiet_hub, write_atomically
 
 _BATCH_SIZE = 16
@@ -152,7 +153,7 @@ class DiffiTPipeline(DiffusionPipeline):
     ) -> Iterator[Tensor]:
         """What the network sees of the samples [B, c, h, w], batch by batch, until the callback interrupts."""
         self._interrupt, starts = False, range(0, count, _BATCH_SIZE)
-        with self.progress_bar(total=len(starts)) as bar:
+        with progress(total=len(starts), **getattr(self, "_progress_bar_config", {})) as bar:
             for start in starts:
                 indices = range(start, min(start + _BATCH_SIZE, count))
                 for state in pictures.states(indices, pictures.labels(indices, seed, classes), seed):
@@ -196,8 +197,8 @@ class DiffiTPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: all that `diffit.load_model` takes: a bundled or released name, a file, the
                 folder of a run, of a checkpoint or of a saved pipeline, or a pipeline or file on the Hub.
-            kwargs: dtype (or torch_dtype); vae, an AutoencoderKL; for the Hub revision, token, cache_dir,
-                local_files_only and force_download; saved pipelines take all that diffusers does.
+            kwargs: dtype (or torch_dtype); vae; settings of the Hub's client, such as revision; saved pipelines take all
+                that diffusers does.
 
         Raises:
             ValueError: in one sentence, if it cannot be found, is damaged or does not fit.

@@ -93,9 +93,11 @@ def test_decoding_in_slices(tmp_path, monkeypatch):
     """Two images at a time give what all at once give, and no more than two are in the decoder."""
     codec = VAECodec(CodecConfig(save_small_vae(tmp_path / "vae"), 2), CPU)
     latents = torch.randn(5, 4, 8, 8)
-    whole = codec.decode(latents)
     sizes = []
     codec.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    whole = codec.decode(latents)
+    assert sizes == [5]
+    sizes.clear()
     monkeypatch.setattr("diffit.codec._PIXELS_AT_ONCE", 2 * 16 * 16)
     sliced = codec.decode(latents)
     assert sizes == [2, 2, 1]

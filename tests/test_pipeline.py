@@ -332,6 +332,15 @@ def test_16_bits_draw_nearly_the_same(pipelines, saved, checkpoints, kind, dtype
         assert 0 < np.abs(arrays(pipeline, ["Dog", "Cat"]) - exact).mean() < 0.1 * spread
 
 
+def test_a_bar_in_a_log_is_lines(saved, capsys):
+    """A log file shows none of the returns by which a bar is drawn over itself."""
+    pipeline = DiffiTPipeline.from_pretrained(saved / "image")
+    pipeline.set_progress_bar_config(desc="two\nnames")
+    pipeline(["Cat"], 2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "2/2" in line]
+    assert "\r" not in line
+
+
 def test_bar_and_callback(pipelines, saved):
     pipeline = DiffiTPipeline.from_pretrained(saved / "image")
     text, seen = io.StringIO(), []

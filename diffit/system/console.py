@@ -40,9 +40,9 @@ def progress(iterable: Iterable[Any] | None = None, title: str = "", *, show: bo
 
     if not show:
         settings["disable"] = True
-    elif not sys.stderr.isatty():
+    elif not (sys.stderr.isatty() or "file" in settings):
         settings |= {"file": _Lines(), "mininterval": _MINUTE, "maxinterval": _MINUTE}
-    return tqdm(iterable, printable(title), **settings)
+    return tqdm(iterable, **{"desc": printable(title)} | settings)
 
 
 class _Lines:

@@ -231,3 +231,10 @@ def test_unfitting_settings_are_refused():
         edm_sampler(DENOISER, z, 18, S_churn=-1)
     with pytest.raises(ValueError, match="noise source"):
         edm_sampler(DENOISER, z, 18, S_churn=40)
+
+
+def test_the_default_levels_are_edms():
+    """Table 1 of Karras et al. (2022): from 80 to 0.002, evenly spaced in their seventh roots; then 0."""
+    most, least = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    expected = torch.tensor([80, ((most + least) / 2) ** 7, 0.002, 0], dtype=torch.float64)
+    torch.testing.assert_close(edm_sigmas(3).double(), expected, rtol=1e-6, atol=0)

@@ -171,7 +171,8 @@ def test_no_sampling_step_waits_for_a_gpu(sampler):
     "settings",
     [
         {"sampler": "euler"},
-        {"eta": 1.5},
+        {"sampler": "ddim", "eta": 1.5},
+        {"sampler": "ddim", "eta": -0.5},
         {"sampler": "dpm++", "num_sampling_steps": "ddim50"},
         {"num_sampling_steps": 0},
     ],

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from diffit.nn.attention import TMSA, relative_position_bias
+from diffit.nn import attention
+from diffit.nn.attention import TMSA, fastest_attention, relative_position_bias
 
 
 def naive_tmsa(module: TMSA, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
@@ -48,3 +49,24 @@ def test_bias_gradient_counts_the_pairs():
     relative_position_bias(table, side).sum().backward()
     per_axis = side - torch.arange(-(side - 1), side).abs().float()
     torch.testing.assert_close(table.grad[:, 0], torch.outer(per_axis, per_axis).flatten())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "gradients", "products"),
+    [
+        (torch.bfloat16, 64, False, True),
+        (torch.bfloat16, 65, False, False),
+        (torch.bfloat16, 64, True, False),
+        (torch.float32, 64, False, False),
+        (torch.float32, 64, True, False),
+    ],
+)
+def test_the_products_themselves_where_they_were_faster_on_a_cpu(monkeypatch, dtype, tokens, gradients, products):
+    calls, matmul = [], attention.matmul_attention
+    monkeypatch.setattr(attention, "matmul_attention", lambda *inputs: calls.append(1) or matmul(*inputs))
+    q, k, v = torch.randn(3, 1, 2, tokens, 4).to(dtype)
+    bias = torch.randn(1, 2, tokens, tokens).to(dtype)
+    with torch.set_grad_enabled(gradients):
+        out = fastest_attention(q, k, v, bias)
+    assert len(calls) == products
+    torch.testing.assert_close(out, matmul(q, k, v, bias), rtol=0.05, atol=0.05)

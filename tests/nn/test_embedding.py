@@ -1,11 +1,13 @@
 """Features of time: the kinds of Table 8."""
 
+import math
+
 import torch
 
 from diffit import create_model
 from diffit.checkpoint.weights import CheckpointConfig, load_weights, save_checkpoint
 from diffit.models.config import model_config
-from diffit.nn.embedding import FourierEmbedder, TimestepEmbedder, time_embedder
+from diffit.nn.embedding import FourierEmbedder, TimestepEmbedder, sincos_position_embedding, time_embedder
 from tests.small_models import random_network
 
 
@@ -46,3 +48,22 @@ def test_positional_is_the_default_and_has_no_buffer():
     model = create_model("ImageDiffit-Tiny")
     assert type(model.t_embedder) is TimestepEmbedder
     assert dict(model.named_buffers()) == {}
+
+
+def test_position_embedding():
+    """Column, then row, each as sines, then cosines of position / 10000^(k / (C/4))."""
+    dim, side = 12, 3
+    embedding = sincos_position_embedding(dim, side)
+    assert embedding.dtype == torch.float32
+    for number, vector in enumerate(embedding):
+        row, column = divmod(number, side)
+        angles = [[position / 10_000 ** (k / 3) for k in range(3)] for position in (column, row)]
+        expected = [function(angle) for axis in angles for function in (math.sin, math.cos) for angle in axis]
+        torch.testing.assert_close(vector, torch.tensor(expected), rtol=0, atol=1e-7)
+
+
+def test_positional_features():
+    """Cosines, then sines of t / 10000^(k / (F/2))."""
+    features = TimestepEmbedder(4, 6).features(torch.tensor([0, 7.5]))
+    angles = torch.tensor([[t / 10_000 ** (k / 3) for k in range(3)] for t in (0, 7.5)])
+    torch.testing.assert_close(features, torch.cat([angles.cos(), angles.sin()], 1))
