@@ -197,7 +197,7 @@ class DiffiTPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: all that `diffit.load_model` takes: a bundled or released name, a file, the
                 folder of a run, of a checkpoint or of a saved pipeline, or a pipeline or file on the Hub.
-            kwargs: dtype (or torch_dtype); vae; settings of the Hub's client, such as revision; saved pipelines take all
+            kwargs: dtype (or torch_dtype); vae; settings of the Hub's client, as revision; saved pipelines take all
                 that diffusers does.
 
         Raises:
