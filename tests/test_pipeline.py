@@ -341,6 +341,16 @@ def test_a_bar_in_a_log_is_lines(saved, capsys):
     assert "\r" not in line
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_weights_stored_in_8_bits_draw_nearly_the_same(pipelines, saved, kind, dtype, recwarn):
+    exact = arrays(pipelines[kind], ["Dog", "Cat"])
+    pipeline = DiffiTPipeline.from_pretrained(saved / kind, dtype=dtype)
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    assert 0 < np.abs(arrays(pipeline, ["Dog", "Cat"]) - exact).mean() < 0.5 * exact.std()
+    assert [warning for warning in recwarn if "autocast" in str(warning.message)] == []
+
+
 def test_bar_and_callback(pipelines, saved):
     pipeline = DiffiTPipeline.from_pretrained(saved / "image")
     text, seen = io.StringIO(), []

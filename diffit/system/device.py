@@ -51,7 +51,7 @@ def product_dtype(precision: Precision) -> torch.dtype:
 
 def autocast(model: nn.Module, device: torch.device, precision: Precision) -> Any:
     """The model, called under autocast where the precision or its weights have 16 bits; float64 weights see float64."""
-    weights = next(model.parameters()).dtype
+    weights = getattr(model, "dtype", next(model.parameters()).dtype)  # diffusers may store them in yet fewer bits
     dtype = product_dtype(precision) if weights == torch.float32 else weights
     if dtype == torch.float32:
         return model
