@@ -27,7 +27,7 @@ from diffit.data.files import picture_of
 from diffit.diffusion.config import SAMPLERS
 from diffit.sampling.attention import Position, average, draw_attention, watch
 from diffit.sampling.config import AppTask
-from diffit.sampling.folder import draw_grid
+from diffit.sampling.folder import draw_grid, save_png
 from diffit.sampling.images import ImageSampler
 from diffit.sampling.labels import class_names
 from diffit.settings import Range, check_setting
@@ -164,7 +164,7 @@ def saved(folder: Path, demo: Demo, settings: Settings, image: Image.Image, what
     label = settings.get("class_labels")
     name = demo.pictures.config.model if label is None else demo.names[label]
     path = folder / (re.sub(r"\W+", "-", f"{name[:80]} seed {settings['seed']} {what}") + ".png")
-    image.save(path)
+    save_png(path, image)
     return str(path)
 
 

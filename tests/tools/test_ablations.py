@@ -80,6 +80,7 @@ def test_what_exceeds_the_noise_is_what_a_t_test_finds(report, count):
     assert report.verdict([1.0]) == "one seed says nothing"
 
 
+@pytest.mark.slow
 def test_report(studies, report, tmp_path):
     """From files as `run` leaves them: numbers, verdicts of either direction, plots, and what was not run."""
     config = {"model": "ImageDiffit-Tiny", "steps": 40, "batch_size": 8, "evaluation": {"samples": 64}}
@@ -149,6 +150,7 @@ sampling: {sampler: heun, num_sampling_steps: 2}
 """
 
 
+@pytest.mark.slow
 def test_run_goes_on_and_refuses_to_mix(tool, tmp_path, capsys):
     """Two variants are trained and scored; the same command does nothing, another budget or network is refused."""
     base, out = tmp_path / "base.yaml", tmp_path / "out"

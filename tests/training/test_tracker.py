@@ -50,6 +50,7 @@ def history_of(path):
     return rows
 
 
+@pytest.mark.slow
 def test_trackio_keeps_a_local_store(flags, tmp_path):
     pytest.importorskip("trackio")
     script = "import sys; from tests.training.runs import run; run(sys.argv[4:], sys.argv[1], *sys.argv[2:4])"
