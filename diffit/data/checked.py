@@ -108,19 +108,22 @@ class DecodedFiles(ImageFiles):
         squares: the file of `_memory`.
         record: type of its records.
         rows: int64 [N], the record of each picture; -1 for none.
+        stamped: uint64 [N], the stamp of each picture: the file may have been deleted and made anew in another order.
     """
 
     squares: Path = Path()
     record: Any = None
     rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    stamped: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def picture(self, index: int, decode: bool = True) -> Image.Image:
         """The square, if it is there and intact; else as in `ImageFiles`."""
         if decode and self.rows[index] >= 0:
-            with contextlib.suppress(OSError, ValueError), open(self.squares, "rb", buffering=0) as file:
+            with contextlib.suppress(OSError, ValueError, IndexError), open(self.squares, "rb", buffering=0) as file:
                 file.seek(int(self.rows[index]) * self.record.itemsize)
                 square = np.frombuffer(file.read(self.record.itemsize), self.record)[0]
-                if zlib.crc32(square["pixels"].tobytes()) == square["crc"]:
+                intact = zlib.crc32(square["pixels"].tobytes()) == square["crc"]
+                if intact and square["stamp"] == self.stamped[index]:
                     return picture_of(square["pixels"])
         return super().picture(index, decode)
 
@@ -134,13 +137,13 @@ def decoded_once(images: ImageDataset, memory: Path, world: World) -> ImageDatas
     if "pixels" not in record.fields:
         return images
 
-    def rows() -> NDArray[np.int64]:
-        number = {stamp: row for row, stamp in enumerate(_remembered(file, record).tolist())}
-        return np.array([number.get(stamp, -1) for stamp in source.stamps().tolist()], np.int64)
+    def look_up() -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        number, stamps = {stamp: row for row, stamp in enumerate(_remembered(file, record).tolist())}, source.stamps()
+        return np.array([number.get(stamp, -1) for stamp in stamps.tolist()], np.int64), stamps
 
-    return replace(
-        images, source=DecodedFiles(**vars(source), squares=file, record=record, rows=distributed.on_main(world, rows))
-    )
+    rows, stamps = distributed.on_main(world, look_up)
+    decoded = DecodedFiles(**vars(source), squares=file, record=record, rows=rows, stamped=stamps)
+    return replace(images, source=decoded)
 
 
 def worker_count(most: int) -> int:

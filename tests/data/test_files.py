@@ -281,6 +281,12 @@ def test_a_photograph_is_decoded_once(mode, channels, tmp_path):
     (memory,) = (tmp_path / "memory").iterdir()
     memory.write_bytes(bytes([memory.read_bytes()[0] ^ 1]) + memory.read_bytes()[1:])
     np.testing.assert_array_equal(again[0][0], truth[0])
+    records = memory.read_bytes()
+    half = len(records) // 2
+    memory.write_bytes(records[half:] + records[:half])  # made anew, in another order
+    np.testing.assert_array_equal(again[2][0], truth[2])
+    memory.write_bytes(b"")
+    np.testing.assert_array_equal(again[1][0], truth[1])
     memory.unlink()
     np.testing.assert_array_equal(again[4][0], truth[3])
 
